@@ -1,0 +1,1 @@
+"""What every room stands on: values, errors users can meet, files, randomness."""
