@@ -1,7 +1,7 @@
 """Errors that users meet.
 
-Each says what is wrong, where, and how to mend it; the command line prints the message without a traceback and leaves with exit
-code 2. Anything else that escapes is a fault of the program and keeps its traceback.
+Each says what is wrong, where, and how to mend it; the command line prints the message without a traceback and leaves
+with exit code 2. Anything else that escapes is a fault of the program and keeps its traceback.
 """
 
 import difflib

@@ -1,7 +1,7 @@
 """Reading and writing files of named tensors.
 
-`open_tensors` hides how a checkpoint is stored: one safetensors file, a set of shards, or an official `.pth`. Names, shapes
-and dtypes are known from headers; a tensor's bytes are read when it is asked for, so a model is never in memory twice.
+`open_tensors` hides how a checkpoint is stored: one safetensors file, a set of shards, or an official `.pth`. Names,
+shapes and dtypes are known from headers; a tensor is read when it is asked for, so a model is never in memory twice.
 Files are mapped, not read, where the format allows it. Safetensors layout: github.com/huggingface/safetensors.
 """
 
