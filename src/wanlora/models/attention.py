@@ -1,0 +1,155 @@
+"""Attention over heads: one function, several kernels, one reference.
+
+Every kernel computes softmax(q k^T / sqrt(K)) v without a mask for q [B, L, N, K] and k, v [B, T, N, K]; they differ in
+speed and in what they need. `sdpa` comes with PyTorch; the others are packages that are imported only when chosen. A
+kernel is one function registered here and one row in the parity test.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from wanlora.foundation.errors import ConfigError
+from wanlora.foundation.registry import Registry
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+SAGE_VALUE_LIMIT = 512.0
+"""SageAttention sums 64 float16 products at a time, so values above this could overflow (64 x 512 < 65504)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernel:
+    """One way to compute attention."""
+
+    compute: AttentionFunction
+    package: str | None = None
+    """Module that must be importable."""
+    install: str = ""
+    """How the user gets it."""
+    half_only: bool = False
+    """Whether inputs must be bfloat16 or float16."""
+    trains: bool = True
+    """Whether it has a backward pass."""
+
+
+KERNELS: Registry[Kernel] = Registry("attention kernel")
+
+
+def attention(q_BLNK: Tensor, k_BTNK: Tensor, v_BTNK: Tensor, kernel: str = "sdpa") -> Tensor:
+    """softmax(q k^T / sqrt(K)) v, [B, L, N, K] in the dtype of the inputs.
+
+    Raises `ConfigError` for an unknown kernel, for a dtype that the kernel cannot take, and when a kernel without a
+    backward pass would have to train.
+    """
+    chosen = KERNELS.get(kernel)
+    if chosen.half_only and q_BLNK.dtype not in (torch.bfloat16, torch.float16):
+        raise ConfigError(
+            f"{kernel} attention computes in bfloat16 or float16, the model runs in {q_BLNK.dtype}; "
+            "use --mixed_precision bf16, or --sdpa"
+        )
+    if not chosen.trains and torch.is_grad_enabled() and _wants_grad(q_BLNK, k_BTNK, v_BTNK):
+        raise ConfigError(
+            f"{kernel} attention has no backward pass, so a model cannot be trained through it; use --sdpa to train "
+            "(previews may still use it)"
+        )
+    return chosen.compute(q_BLNK, k_BTNK, v_BTNK)
+
+
+def require_kernel(name: str) -> None:
+    """Raise `ConfigError` if the kernel is unknown or its package is not installed."""
+    kernel = KERNELS.get(name)
+    if kernel.package is not None and importlib.util.find_spec(kernel.package) is None:
+        raise ConfigError(f"{name} attention needs the package {kernel.package}: {kernel.install}; or use --sdpa")
+
+
+def _reference(q_BLNK: Tensor, k_BTNK: Tensor, v_BTNK: Tensor) -> Tensor:
+    """The formula, in float32."""
+    scores = torch.einsum("blnk,btnk->bnlt", q_BLNK.float(), k_BTNK.float()) * q_BLNK.shape[-1] ** -0.5
+    return torch.einsum("bnlt,btnk->blnk", scores.softmax(dim=-1), v_BTNK.float()).to(q_BLNK.dtype)
+
+
+def _sdpa(q_BLNK: Tensor, k_BTNK: Tensor, v_BTNK: Tensor) -> Tensor:
+    """PyTorch's own. On CUDA its fastest backend for the card goes first; the others serve what that cannot take."""
+    q, k, v = (rearrange(x, "b l n k -> b n l k") for x in (q_BLNK, k_BTNK, v_BTNK))
+    if q.device.type == "cuda":
+        with sdpa_kernel(_cuda_backends(), set_priority=True):
+            out = F.scaled_dot_product_attention(q, k, v)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    return rearrange(out, "b n l k -> b l n k")
+
+
+@torch.compiler.assume_constant_result
+def _cuda_backends() -> list[SDPBackend]:
+    """cuDNN first from Hopper on, where it is 1.7 times as fast as flash; flash first before."""
+    fast = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    if torch.cuda.get_device_capability() >= (9, 0):
+        fast.reverse()
+    return [*fast, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def _flash(q_BLNK: Tensor, k_BTNK: Tensor, v_BTNK: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    out: Tensor = flash_attn_func(q_BLNK, k_BTNK, v_BTNK)
+    return out
+
+
+def _flash3(q_BLNK: Tensor, k_BTNK: Tensor, v_BTNK: Tensor) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(q_BLNK, k_BTNK, v_BTNK)
+    first: Tensor = out[0] if isinstance(out, tuple) else out  # older builds also return the log-sum-exp
+    return first
+
+
+def _xformers(q_BLNK: Tensor, k_BTNK: Tensor, v_BTNK: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    out: Tensor = memory_efficient_attention(q_BLNK, k_BTNK, v_BTNK)
+    return out
+
+
+def _sage(q_BLNK: Tensor, k_BTNK: Tensor, v_BTNK: Tensor) -> Tensor:
+    """SageAttention: int8 scores, float16 values, forward only.
+
+    It subtracts the mean of the keys from the tensor it is given, so it is given a copy; it casts values to float16
+    without a check, so large ones are scaled down first and back up afterwards (attention is linear in its values).
+    """
+    from sageattention import sageattn
+
+    scale_B1N1 = (v_BTNK.abs().amax(dim=(1, 3), keepdim=True).float() / SAGE_VALUE_LIMIT).clamp(min=1)
+    small_BTNK = (v_BTNK / scale_B1N1).to(v_BTNK.dtype)
+    out: Tensor = sageattn(q_BLNK, k_BTNK.clone(), small_BTNK, tensor_layout="NHD", is_causal=False)
+    return (out * scale_B1N1).to(v_BTNK.dtype)
+
+
+KERNELS.register("reference")(Kernel(compute=_reference))
+KERNELS.register("sdpa")(Kernel(compute=_sdpa))
+KERNELS.register("flash")(
+    Kernel(compute=_flash, package="flash_attn", install="pip install flash-attn --no-build-isolation", half_only=True)
+)
+KERNELS.register("flash3")(
+    Kernel(
+        compute=_flash3,
+        package="flash_attn_interface",
+        install="it is on no package index: build the folder hopper of github.com/Dao-AILab/flash-attention "
+        "(pip install . in it; Hopper cards only)",
+        half_only=True,
+    )
+)
+KERNELS.register("xformers")(Kernel(compute=_xformers, package="xformers", install="pip install xformers"))
+KERNELS.register("sage")(
+    Kernel(compute=_sage, package="sageattention", install='pip install "wanlora[sage]"', trains=False)
+)
+
+
+def _wants_grad(*tensors: Tensor) -> bool:
+    return any(tensor.requires_grad for tensor in tensors)

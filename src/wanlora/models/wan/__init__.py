@@ -1,0 +1,1 @@
+"""Wan 2.1: the released variants, their networks and how their files are read."""
