@@ -1,0 +1,180 @@
+"""The Wan 2.1 video autoencoder, which Wan 2.2's A14B models share.
+
+Pixels in [-1, 1] become latents with 16 channels, an eighth of the height and width and a quarter of the frames after
+the first. Latents are the mean of the encoder's distribution, brought to zero mean and unit variance with published
+constants per channel. Clips pass in chunks (see `vae_layers`), so memory does not grow with their length.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from wanlora.foundation.errors import CheckpointError, DataError
+from wanlora.foundation.shapes import WAN21_STRIDE, LatentShape, PixelShape, floor_to_latent_frames
+from wanlora.foundation.tensor_files import TensorSource, open_tensors
+from wanlora.models.wan.recognise import describe, file_kind
+from wanlora.models.wan.vae_coders import Decoder, Encoder
+from wanlora.models.wan.vae_keys import diffusers_name
+from wanlora.models.wan.vae_layers import ChunkCache
+from wanlora.models.wan.weights import fill, require_names, require_shapes
+
+# fmt: off
+VAE_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)
+VAE_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)
+# fmt: on
+_WHAT = "the Wan 2.1 VAE"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VAESizes:
+    """What differs between autoencoders of this structure; the defaults are the released one's."""
+
+    base: int = 96
+    """Channels of the widest level in space."""
+    z: int = 16
+    """Latent channels."""
+
+
+class WanVAE(nn.Module):
+    """Encodes and decodes whole clips.
+
+    Latents of a size other than the released 16 channels have no published statistics and are left as they are.
+    """
+
+    def __init__(self, sizes: VAESizes | None = None, *, cache_on_cpu: bool = False) -> None:
+        super().__init__()
+        self.sizes = sizes or VAESizes()
+        self.cache_on_cpu = cache_on_cpu
+        """Keep what lies between chunks in main memory: slower, for cards that the cache would fill."""
+        z = self.sizes.z
+        self.encoder = Encoder(self.sizes.base, z)
+        self.conv1 = nn.Conv3d(2 * z, 2 * z, 1)
+        self.conv2 = nn.Conv3d(z, z, 1)
+        self.decoder = Decoder(self.sizes.base, z)
+        self.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.conv1.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of weights, maths and results."""
+        return self.conv1.weight.dtype
+
+    @torch.no_grad()
+    def encode(self, pixels_BCFHW: Tensor, *, chunk: int = 1) -> Tensor:
+        """Normalised mean latents [B, z, F, H, W] of clips [B, 3, frames, height, width] in [-1, 1].
+
+        The clips may lie on another device and in another number format: each chunk is moved when its turn comes.
+        `chunk` is the number of latent frames computed at a time after the first. Raises `DataError` unless there
+        are 4k + 1 frames and height and width are multiples of 8.
+        """
+        latent = _latent_shape(pixels_BCFHW)
+        shape = (len(pixels_BCFHW), self.sizes.z, latent.frames, latent.height, latent.width)
+        latents_BCFHW = torch.empty(shape, device=self.device, dtype=self.dtype)
+        for part, cache in self._chunks(latent.frames, chunk):
+            x = pixels_BCFHW[:, :, _pixel_frames(part)].to(self.device, self.dtype)
+            mean, _ = self.conv1(self.encoder(x, cache)).chunk(2, dim=1)
+            latents_BCFHW[:, :, part] = (mean.float() - self._mean) / self._std
+        return latents_BCFHW
+
+    @torch.no_grad()
+    def decode(self, latents_BCFHW: Tensor, *, chunk: int = 1) -> Tensor:
+        """Pixels [B, 3, frames, height, width] in [-1, 1] of normalised latents [B, z, F, H, W]."""
+        return self.decode_unclamped(latents_BCFHW, chunk=chunk).clamp_(-1, 1)
+
+    @torch.no_grad()
+    def decode_unclamped(self, latents_BCFHW: Tensor, *, chunk: int = 1) -> Tensor:
+        """As `decode`, with what the network puts outside [-1, 1]."""
+        latent = LatentShape(*latents_BCFHW.shape[2:])
+        pixels = latent.pixels(WAN21_STRIDE)
+        shape = (len(latents_BCFHW), 3, pixels.frames, pixels.height, pixels.width)
+        pixels_BCFHW = torch.empty(shape, device=self.device, dtype=self.dtype)
+        for part, cache in self._chunks(latent.frames, chunk):
+            z = latents_BCFHW[:, :, part].to(self.device).float() * self._std + self._mean
+            pixels_BCFHW[:, :, _pixel_frames(part)] = self.decoder(self.conv2(z.to(self.dtype)), cache)
+        return pixels_BCFHW
+
+    def _chunks(self, num_latents: int, chunk: int) -> Iterator[tuple[slice, ChunkCache]]:
+        """The first latent alone, then `chunk` at a time, with the cache made ready for each."""
+        cache = ChunkCache(on_cpu=self.cache_on_cpu)
+        start = 0
+        while start < num_latents:
+            stop = min(start + chunk, num_latents) if start else 1
+            cache.begin(first=start == 0, last=stop == num_latents)
+            yield slice(start, stop), cache
+            start = stop
+
+    @property
+    def _mean(self) -> Tensor:
+        return self._per_channel(VAE_MEAN, otherwise=0.0)
+
+    @property
+    def _std(self) -> Tensor:
+        return self._per_channel(VAE_STD, otherwise=1.0)
+
+    def _per_channel(self, values: tuple[float, ...], *, otherwise: float) -> Tensor:
+        known = values if len(values) == self.sizes.z else (otherwise,) * self.sizes.z
+        return rearrange(torch.tensor(known, device=self.device), "c -> 1 c 1 1 1")
+
+
+def load_vae(
+    path: Path, *, device: torch.device | str, dtype: torch.dtype = torch.float32, cache_on_cpu: bool = False
+) -> WanVAE:
+    """The autoencoder stored at `path`, under official, ComfyUI or Diffusers names, frozen.
+
+    Raises `CheckpointError` for other files and says what they are.
+    """
+    with open_tensors(path) as source:
+        names = _names(source)
+        sizes = VAESizes(base=source.shape(names["encoder.conv1.weight"])[0], z=source.shape(names["conv2.weight"])[0])
+        with torch.device("meta"):
+            vae = WanVAE(sizes, cache_on_cpu=cache_on_cpu)
+        require_shapes(source, _WHAT, vae, names)
+        fill(vae, source, names, device=torch.device(device), dtype=dtype)
+    return vae.eval()
+
+
+def _names(source: TensorSource) -> Mapping[str, str]:
+    """The name in the file for each official name."""
+    kind = file_kind(source.names)
+    if kind is None or kind.name != _WHAT:
+        raise CheckpointError(
+            f"{source.path} {describe(source.names)}; --vae needs {_WHAT} (Wan2.1_VAE.pth or wan_2.1_vae.safetensors)"
+        )
+    with torch.device("meta"):
+        official = list(WanVAE().state_dict())
+    spellings = [{name: spell(name) for name in official} for spell in (str, diffusers_name)]
+    names = max(spellings, key=lambda spelling: len(set(spelling.values()) & set(source.names)))
+    require_names(source.path, _WHAT, names.values(), source.names)
+    return names
+
+
+def _latent_shape(pixels_BCFHW: Tensor) -> LatentShape:
+    num_frames, height, width = pixels_BCFHW.shape[2:]
+    if floor_to_latent_frames(num_frames) != num_frames:
+        raise DataError(
+            f"a clip of {num_frames} frames cannot be encoded whole: the VAE takes 4k + 1 frames; "
+            f"cut it to {floor_to_latent_frames(num_frames)}"
+        )
+    if height % WAN21_STRIDE.space or width % WAN21_STRIDE.space:
+        raise DataError(f"a clip of {width}x{height} cannot be encoded: both sides must be multiples of 8")
+    return LatentShape.of(PixelShape(width, height, num_frames))
+
+
+def _pixel_frames(latents: slice) -> slice:
+    """The frames that these latent frames stand for."""
+    step = WAN21_STRIDE.time
+    return slice(max(0, latents.start * step - step + 1), latents.stop * step - step + 1)

@@ -1,0 +1,178 @@
+"""Layers of the Wan video autoencoder that can work through a clip piece by piece.
+
+A clip is too large to convolve at once, so it is fed in chunks along time. Every convolution over time is causal: it
+looks at the present and at two frames of the past, never ahead. What it needs of the past is kept between chunks in a
+`ChunkCache` that travels through the layers as an argument; the modules themselves hold weights and nothing else, so
+one model can serve two clips at once and an interrupted clip leaves no trace.
+
+The chunks are part of the definition: the first frame (or latent) goes alone and skips the resampling of time. After
+it, chunks of any size give the same result, and the size only trades memory for speed.
+
+Where nothing lies before a single frame, the taps of a kernel that would meet zeros are left out: pictures and first
+frames cost a third. Source: wan/modules/vae.py of github.com/Wan-Video/Wan2.1.
+"""
+
+from collections.abc import Callable
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class ChunkCache:
+    """What the layers remember of one clip between its chunks."""
+
+    def __init__(self, *, on_cpu: bool = False) -> None:
+        self.first = True
+        """Whether the chunk at hand is the clip's first."""
+        self._last = False
+        self._on_cpu = on_cpu
+        self._kept: dict[nn.Module, Tensor] = {}
+
+    def begin(self, *, first: bool, last: bool) -> None:
+        """Announce a chunk; nothing is kept of the last one."""
+        self.first, self._last = first, last
+
+    def recall(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """What `layer` kept of the previous chunk, on the device of `x`, or None."""
+        past = self._kept.pop(layer, None)
+        return past if past is None else past.to(x.device)
+
+    def keep(self, layer: nn.Module, frames: Tensor) -> None:
+        """Keep `frames` for the next chunk, as a copy that does not hold the whole chunk in memory."""
+        if not self._last:
+            self._kept[layer] = frames.to("cpu" if self._on_cpu else frames.device, copy=True)
+
+
+class CausalLayer(nn.Module):
+    """A layer whose `forward` takes the cache as its second argument."""
+
+
+class Chain(nn.Sequential, CausalLayer):
+    """Layers in a row; the cache goes to those that use one."""
+
+    def forward(self, x: Tensor, cache: ChunkCache) -> Tensor:  # type: ignore[override]
+        for layer in self:
+            x = layer(x, cache) if isinstance(layer, CausalLayer) else layer(x)
+        return x
+
+
+class CausalConv3d(nn.Conv3d, CausalLayer):
+    """A convolution over the present and the past, zero-padded in space and before the clip's beginning."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]) -> None:
+        super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+        self._reach = kernel[0] - 1
+
+    def forward(self, x: Tensor, cache: ChunkCache) -> Tensor:  # type: ignore[override]
+        num_frames = x.shape[2]
+        past = cache.recall(self, x)
+        if past is not None:
+            x = torch.cat([past, x], dim=2)
+        cache.keep(self, x[:, :, -self._reach :])
+        num_missing = self._reach + num_frames - x.shape[2]
+        if num_frames > 1:
+            return F.conv3d(F.pad(x, (0, 0, 0, 0, num_missing, 0)), self.weight, self.bias, padding=self.padding)
+        if x.shape[2] > 1:
+            return F.conv3d(x, self.weight[:, :, num_missing:], self.bias, padding=self.padding)
+        return F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, padding=self.padding[1:]).unsqueeze(2)
+
+
+class ChannelNorm(nn.Module):
+    """x / |x| over the channels, times sqrt(channels) and a learned `gamma`; `num_axes` follow the channels."""
+
+    def __init__(self, channels: int, num_axes: int = 3) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * num_axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1).mul_(self.gamma * sqrt(len(self.gamma)))
+
+
+class ResidualBlock(CausalLayer):
+    """Two causal 3x3x3 convolutions beside a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.residual = Chain(
+            ChannelNorm(in_channels),
+            nn.SiLU(inplace=True),
+            CausalConv3d(in_channels, out_channels, (3, 3, 3)),
+            ChannelNorm(out_channels),
+            nn.SiLU(inplace=True),
+            nn.Identity(),  # a dropout in training code; it keeps the official numbering
+            CausalConv3d(out_channels, out_channels, (3, 3, 3)),
+        )
+        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, cache: ChunkCache) -> Tensor:
+        y: Tensor = self.residual(x, cache)
+        return y.add_(self.shortcut(x))
+
+
+class FrameAttention(nn.Module):
+    """One attention head over all positions of a frame; frames do not see each other.
+
+    The head is wider than flash kernels allow, so scores may be held in full: one frame at a time bounds them.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels, num_axes=2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self._attend(frame) for frame in x.unbind(dim=2)], dim=2)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.to_qkv(self.norm(x)), "b (part c) h w -> part b 1 (h w) c", part=3)
+        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
+        return x + self.proj(out)
+
+
+class Downsample(CausalLayer):
+    """Halves height and width and, with `time`, the frames after the clip's first."""
+
+    def __init__(self, channels: int, *, time: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if time else None
+
+    def forward(self, x: Tensor, cache: ChunkCache) -> Tensor:
+        x = _frame_by_frame(self.resample, x)
+        if self.time_conv is None:
+            return x
+        past = cache.recall(self, x)
+        cache.keep(self, x[:, :, -1:])
+        if past is None:
+            return x
+        halved: Tensor = self.time_conv(torch.cat([past, x], dim=2))
+        return halved
+
+
+class Upsample(CausalLayer):
+    """Doubles height and width, halves the channels and, with `time`, doubles the frames of all but the first chunk.
+
+    The convolution over time never sees the first latent: in the second chunk its past is zeros.
+    """
+
+    def __init__(self, channels: int, *, time: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(channels, channels // 2, 3, padding=1)
+        )
+        self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if time else None
+
+    def forward(self, x: Tensor, cache: ChunkCache) -> Tensor:
+        if self.time_conv is not None and not cache.first:
+            x = rearrange(self.time_conv(x, cache), "b (t c) f h w -> b c (f t) h w", t=2)
+        return _frame_by_frame(self.resample, x)
+
+
+def _frame_by_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a layer for pictures to each frame of [B, C, F, H, W]."""
+    frames = layer(rearrange(x, "b c f h w -> (b f) c h w"))
+    return rearrange(frames, "(b f) c h w -> b c f h w", b=len(x))
