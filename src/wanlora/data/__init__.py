@@ -1,0 +1,1 @@
+"""Pictures and clips: finding, measuring, decoding, caching, ordering and loading them."""
