@@ -1,0 +1,288 @@
+"""The cache files: names, tensors and metadata that musubi made and reads, plus what tells fresh from stale.
+
+Latents:  `<stem>_<W>x<H>_wan.safetensors` (pictures, original size) and
+          `<stem>_<start>-<frames>_<W>x<H>_wan.safetensors` (clips, bucket size), one tensor `latents_FxHxW_<dtype>`.
+Text:     `<stem>_wan_te.safetensors`, one per source and shared by its windows, one tensor `varlen_t5_<dtype>`.
+
+Existence is the usual test of freshness, which trains stale latents after every change of resolution. Ours record the
+source, the window, the resampling and the VAE; `latent_is_fresh` compares. Files without that record are believed when
+their name and shape fit.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wanlora.data.buckets import Size
+from wanlora.data.windows import Window
+from wanlora.foundation.dtypes import dtype_name
+from wanlora.foundation.errors import CheckpointError, DataError
+from wanlora.foundation.files import Fingerprint, fingerprint
+from wanlora.foundation.shapes import LatentShape, PixelShape
+from wanlora.foundation.tensor_files import TensorSource, open_tensors, save_tensors
+
+ARCHITECTURE = "wan"
+FORMAT_VERSION = "1.0.1"
+LATENT_SUFFIX = "_wan.safetensors"
+TEXT_SUFFIX = "_wan_te.safetensors"
+_LATENTS = re.compile(r"latents_(?P<frames>\d+)x(?P<height>\d+)x(?P<width>\d+)_(?P<dtype>[a-z0-9_]+)")
+_NAME = re.compile(r"(?P<stem>.*?)(_(?P<start>\d{5,})-(?P<frames>\d{3,}))?_(?P<width>\d{4,})x(?P<height>\d{4,})")
+_OURS = "wanlora_"
+
+
+@dataclass(frozen=True, slots=True)
+class LatentName:
+    """What the name of a latent cache file says."""
+
+    stem: str
+    size: Size
+    """The original size of a picture, the bucket of a clip."""
+    window: Window | None = None
+    """None for pictures."""
+
+    def __str__(self) -> str:
+        window = f"_{self.window.start:05d}-{self.window.frames:03d}" if self.window else ""
+        return f"{self.stem}{window}_{self.size[0]:04d}x{self.size[1]:04d}{LATENT_SUFFIX}"
+
+    @classmethod
+    def parse(cls, name: str) -> "LatentName | None":
+        """The parts of a file name, read from its end; None if it is no latent cache of Wan."""
+        if not name.endswith(LATENT_SUFFIX):
+            return None
+        match = _NAME.fullmatch(name.removesuffix(LATENT_SUFFIX))
+        if match is None:
+            return None
+        window = Window(int(match["start"]), int(match["frames"])) if match["start"] else None
+        return cls(match["stem"], (int(match["width"]), int(match["height"])), window)
+
+
+def text_name(stem: str) -> str:
+    """The name of the text cache of a source."""
+    return stem + TEXT_SUFFIX
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentStamp:
+    """What a latent cache was made of. None in a field that is compared means: not to be compared."""
+
+    pixels: PixelShape
+    """The bucket and the window's length."""
+    original: Size
+    """Size of the source as shown."""
+    window: Window | None = None
+    resampling: str = ""
+    """The rule of `rates.Resampling`; empty when frames were taken as they stand."""
+    vae: str | None = None
+    """What tells this VAE from others."""
+    vae_dtype: str | None = None
+    """The format of the VAE's arithmetic, as `float32`."""
+    dtype: str | None = None
+    """The format the latents are stored in, as `bfloat16`."""
+
+    @property
+    def latents(self) -> LatentShape:
+        """The shape of the latents."""
+        return LatentShape.of(self.pixels)
+
+    def record(self) -> dict[str, str]:
+        """Our metadata; the caller has given every field."""
+        window = f"{self.window.start}+{self.window.frames}" if self.window else ""
+        return {
+            f"{_OURS}window": window,
+            f"{_OURS}resampling": self.resampling,
+            f"{_OURS}vae": self.vae or "",
+            f"{_OURS}vae_dtype": self.vae_dtype or "",
+        }
+
+
+def write_latents(path: Path, latents_CFHW: Tensor, stamp: LatentStamp, source: Fingerprint) -> None:
+    """Write a latent cache, whole or not at all.
+
+    `stamp` gives vae and vae_dtype; the tensor's own dtype is the stored one. Raises `DataError` for latents that are
+    not finite or not of the stamped shape.
+    """
+    frames, height, width = latents_CFHW.shape[1:]
+    if LatentShape(frames, height, width) != stamp.latents:
+        raise DataError(f"{path}: latents of {frames}x{height}x{width} do not fit {stamp.pixels}")
+    if not torch.isfinite(latents_CFHW).all():
+        raise DataError(f"{path}: the VAE gave values that are not finite; use --vae_dtype float32")
+    recorded = (stamp.pixels.width, stamp.pixels.height) if stamp.window else stamp.original
+    metadata = {
+        "architecture": ARCHITECTURE,
+        "format_version": FORMAT_VERSION,
+        "width": str(recorded[0]),
+        "height": str(recorded[1]),
+        **({"frame_count": str(stamp.window.frames)} if stamp.window else {}),
+        **stamp.record(),
+        **_record_source(source),
+    }
+    key = f"latents_{frames}x{height}x{width}_{dtype_name(latents_CFHW.dtype)}"
+    save_tensors(path, {key: latents_CFHW}, metadata)
+
+
+def read_latents(path: Path) -> Tensor:
+    """The latents, C x F x H x W in their stored format. Raises `DataError` naming the file."""
+    with _opened(path) as file:
+        latents: Tensor = file.read(_latents_key(file))
+    return _finite(path, latents)
+
+
+def write_text(path: Path, text_TD: Tensor, *, caption: str, t5: str) -> None:
+    """Write a text cache, whole or not at all: the T real tokens of `caption` as encoded by the encoder named `t5`."""
+    if not torch.isfinite(text_TD).all():
+        raise DataError(f"{path}: the text encoder gave values that are not finite; run without --fp8_t5")
+    metadata = {
+        "architecture": ARCHITECTURE,
+        "format_version": FORMAT_VERSION,
+        "caption1": caption,
+        f"{_OURS}t5": t5,
+    }
+    save_tensors(path, {f"varlen_t5_{dtype_name(text_TD.dtype)}": text_TD}, metadata)
+
+
+def read_text(path: Path) -> Tensor:
+    """The text, T x D in its stored format. Raises `DataError` naming the file."""
+    with _opened(path) as file:
+        text: Tensor = file.read(_text_key(file))
+    return _finite(path, text)
+
+
+def latent_is_fresh(path: Path, stamp: LatentStamp, source: Path | None = None) -> str | None:
+    """None if the cache at `path` is what `stamp` asks for; otherwise why not, in words.
+
+    `source` is compared when given and present; the stamp's None fields are not compared.
+    """
+    if not path.is_file():
+        return "missing"
+    try:
+        with _opened(path) as file:
+            return _latent_difference(file, stamp) or _source_difference(file.metadata, source)
+    except DataError as error:
+        return f"unreadable ({error})"
+
+
+def text_is_fresh(path: Path, *, caption: str | None = None, t5: str | None = None) -> str | None:
+    """None if the text cache at `path` belongs to `caption` and `t5`; otherwise why not, in words.
+
+    What is None is not compared.
+    """
+    if not path.is_file():
+        return "missing"
+    try:
+        with _opened(path) as file:
+            _text_key(file)
+            metadata = file.metadata
+    except DataError as error:
+        return f"unreadable ({error})"
+    if caption is not None and metadata.get("caption1", caption).strip() != caption:
+        return "the caption has changed"
+    return _recorded_difference(metadata, "t5", t5, "it was made with another text encoder")
+
+
+def cached_shape(path: Path) -> PixelShape:
+    """The pixels that the latents at `path` decode to. Raises `DataError`."""
+    with _opened(path) as file:
+        return _shape_in(_latents_key(file)).pixels()
+
+
+def source_fingerprint(path: Path) -> Fingerprint:
+    """The fingerprint of a source; for a folder of frames, of the list of its files."""
+    if path.is_file():
+        return fingerprint(path)
+    parts = [(file.name, fingerprint(file)) for file in sorted(path.iterdir()) if file.is_file()]
+    return Fingerprint(
+        size=sum(part.size for _, part in parts),
+        mtime_ns=max((part.mtime_ns for _, part in parts), default=0),
+        digest=hashlib.blake2b(
+            repr([(name, part.digest) for name, part in parts]).encode(), digest_size=16
+        ).hexdigest(),
+    )
+
+
+def _latent_difference(file: TensorSource, stamp: LatentStamp) -> str | None:
+    metadata = file.metadata
+    if (architecture := metadata.get("architecture", ARCHITECTURE)) != ARCHITECTURE:
+        return f"it belongs to another model ({architecture})"
+    key = _latents_key(file)
+    found = _shape_in(key)
+    if found != stamp.latents:
+        was = found.pixels()
+        length = f" and {was.frames} frames" if was.frames != stamp.pixels.frames else ""
+        asked = f"{stamp.pixels.width}x{stamp.pixels.height}"
+        return f"it was cached for {was.width}x{was.height}{length}, the dataset now asks for {asked}"
+    if stamp.dtype is not None and not key.endswith(f"_{stamp.dtype}"):
+        return f"it is stored as {key.rsplit('_', 1)[1]}, not {stamp.dtype}"
+    return (
+        _recorded_difference(metadata, "resampling", stamp.resampling, "its frames were chosen by another frame rate")
+        or _recorded_difference(metadata, "vae", stamp.vae, "it was made with another VAE")
+        or _recorded_difference(metadata, "vae_dtype", stamp.vae_dtype, "it was made with another --vae_dtype")
+    )
+
+
+def _recorded_difference(metadata: dict[str, str], key: str, expected: str | None, reason: str) -> str | None:
+    if expected is None or metadata.get(_OURS + key, expected) == expected:
+        return None
+    return reason
+
+
+def _record_source(source: Fingerprint) -> dict[str, str]:
+    return {
+        f"{_OURS}source_size": str(source.size),
+        f"{_OURS}source_mtime_ns": str(source.mtime_ns),
+        f"{_OURS}source_digest": source.digest,
+    }
+
+
+def _source_difference(metadata: dict[str, str], source: Path | None) -> str | None:
+    """Size and time decide when they agree; otherwise the content does, so that a copied folder stays fresh."""
+    if source is None or f"{_OURS}source_digest" not in metadata or not source.exists():
+        return None
+    if source.is_file():
+        status = source.stat()
+        same_size = metadata[f"{_OURS}source_size"] == str(status.st_size)
+        if same_size and metadata[f"{_OURS}source_mtime_ns"] == str(status.st_mtime_ns):
+            return None
+    same = source_fingerprint(source).digest == metadata[f"{_OURS}source_digest"]
+    return None if same else f"{source.name} has changed"
+
+
+def _opened(path: Path) -> TensorSource:
+    try:
+        return open_tensors(path)
+    except CheckpointError as error:
+        raise DataError(str(error)) from error
+
+
+def _latents_key(file: TensorSource) -> str:
+    found = [name for name in file.names if _LATENTS.fullmatch(name)]
+    if len(found) != 1:
+        raise DataError(f"{file.path} holds no latents; run wan_cache_latents.py")
+    shape, said = file.shape(found[0]), _shape_in(found[0])
+    if shape[1:] != (said.frames, said.height, said.width) or shape[0] != LATENT_CHANNELS:
+        raise DataError(
+            f"{file.path} holds latents of shape {shape} under the name {found[0]}; run wan_cache_latents.py"
+        )
+    return found[0]
+
+
+def _shape_in(key: str) -> LatentShape:
+    match = _LATENTS.fullmatch(key)
+    assert match is not None
+    return LatentShape(int(match["frames"]), int(match["height"]), int(match["width"]))
+
+
+def _text_key(file: TensorSource) -> str:
+    found = [name for name in file.names if name.startswith("varlen_t5_")]
+    if len(found) != 1:
+        raise DataError(f"{file.path} holds no text; run wan_cache_text_encoder_outputs.py")
+    return found[0]
+
+
+def _finite(path: Path, tensor: Tensor) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise DataError(f"{path} holds values that are not finite; delete it and cache again")
+    return tensor
