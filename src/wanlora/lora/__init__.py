@@ -1,0 +1,1 @@
+"""Low-rank adapters: the layer, where it goes, the files it lives in."""
