@@ -1,1 +1,1 @@
-"""A Wan small enough for any machine, clips and captions for it, and one command that runs the real programs on them."""
+"""A Wan small enough for any machine, clips for it, and one command that runs the real programs on them."""

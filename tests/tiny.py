@@ -1,0 +1,18 @@
+"""The quickstart's tiny Wan and clips, for tests: real files in the official formats, random weights.
+
+Fixtures of the same content are in `conftest.py`: `tiny_models`, `tiny_dataset`, `cached_dataset`.
+"""
+
+import shutil
+from pathlib import Path
+
+from wanlora.quickstart.dataset import TinyDataset, make_tiny_dataset
+from wanlora.quickstart.tiny_model import TinyWan, make_tiny_wan
+
+__all__ = ["TinyDataset", "TinyWan", "copy_dataset", "make_tiny_dataset", "make_tiny_wan"]
+
+
+def copy_dataset(source: TinyDataset, folder: Path) -> TinyDataset:
+    """The same clips, captions and caches in `folder`, with a TOML that names them there. File times are kept."""
+    shutil.copytree(source.toml.parent, folder, dirs_exist_ok=True)
+    return make_tiny_dataset(folder)

@@ -1,0 +1,61 @@
+"""The tiny Wan's files load through the loaders that real files go through, and behave like a trained model's."""
+
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from tokenizers import Tokenizer
+
+from tests.tiny import TinyWan, make_tiny_wan
+from wanlora.foundation.tensor_files import open_tensors
+from wanlora.models.wan.recognise import file_kind
+from wanlora.models.wan.spec import WanSizes
+from wanlora.models.wan.vae import load_vae
+from wanlora.quickstart.media import SCENES
+from wanlora.quickstart.tiny_model import SIZES
+from wanlora.quickstart.tiny_tokenizer import VOCABULARY
+
+
+def test_each_file_is_recognised_as_what_it_is(tiny_models: TinyWan) -> None:
+    flags = []
+    for path in (tiny_models.dit, tiny_models.vae, tiny_models.t5):
+        with open_tensors(path) as source:
+            kind = file_kind(source.names)
+        assert kind is not None
+        flags.append(kind.flag)
+    assert flags == ["--dit", "--vae", "--t5"]
+
+
+def test_the_transformer_has_the_official_structure(tiny_models: TinyWan) -> None:
+    with open_tensors(tiny_models.dit) as source:
+        assert WanSizes.from_shapes({name: source.shape(name) for name in source.names}) == SIZES
+        assert {source.dtype(name) for name in source.names} == {torch.bfloat16}
+        assert all(source.read(name).any() for name in source.names)
+    assert SIZES.num_layers > 10 and SIZES.num_heads == 1
+
+
+def test_the_same_seed_gives_the_same_files_and_another_seed_others(tiny_models: TinyWan, tmp_path: Path) -> None:
+    again, other = make_tiny_wan(tmp_path / "again"), make_tiny_wan(tmp_path / "other", seed=1)
+    for name in ("dit", "vae"):
+        assert getattr(again, name).read_bytes() == getattr(tiny_models, name).read_bytes()
+        assert getattr(other, name).read_bytes() != getattr(tiny_models, name).read_bytes()
+
+
+def test_latents_have_the_usual_spread_and_pictures_are_not_flat(tiny_models: TinyWan) -> None:
+    vae = load_vae(tiny_models.vae, device="cpu")
+    frames = torch.stack([torch.from_numpy(SCENES[3].picture(index / 16, 64, 48)) for index in range(13)])
+    latents = vae.encode(rearrange(frames.float() / 127.5 - 1, "f h w c -> 1 c f h w"))
+    assert 0.5 < latents.std() < 2.5 and latents.mean().abs() < 1
+    pictures = vae.decode(latents)
+    assert 0.2 < pictures.std() < 0.8 and pictures.mean().abs() < 0.5
+
+
+def test_captions_are_tokenised_as_umt5_tokenises(tiny_models: TinyWan) -> None:
+    tokenizer = Tokenizer.from_file(str(tiny_models.tokenizer))
+    caption = tokenizer.encode("A red ring moves upwards")
+    assert caption.tokens[-1] == "</s>" and caption.ids[-1] == 1
+    assert {"▁red", "▁ring", "▁moves", "▁upwards"} <= set(caption.tokens)
+    assert tokenizer.encode("é").tokens == ["▁", "<0xC3>", "<0xA9>", "</s>"]
+    assert tokenizer.encode("").ids == [1]
+    with open_tensors(tiny_models.t5) as source:
+        assert source.shape("token_embedding.weight")[0] == len(VOCABULARY) == tokenizer.get_vocab_size()
