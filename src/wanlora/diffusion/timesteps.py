@@ -232,8 +232,8 @@ class TimestepPlan:
                 f"min_timestep must be below max_timestep, both from 0 (clean) to 1000 (noise), "
                 f"got {self.min_t * 1000:g} and {self.max_t * 1000:g}"
             )
-        if self.num_buckets is not None and self.num_buckets < 2:
-            raise ConfigError(f"num_timestep_buckets must be at least 2 (or left out), got {self.num_buckets}")
+        if self.num_buckets is not None and self.num_buckets < 1:
+            raise ConfigError(f"num_timestep_buckets must be at least 1, got {self.num_buckets}")
 
     def law(self, latent: LatentShape) -> Law:
         """The law that is drawn from, in the range."""

@@ -187,7 +187,7 @@ def test_drawing_leaves_the_global_generator_alone() -> None:
         ({"timestep_sampling": "shift", "discrete_flow_shift": 0.0}, "discrete_flow_shift must be greater than 0"),
         ({"timestep_sampling": "flux_shift", "sigmoid_scale": -1.0}, "sigmoid_scale must be greater than 0"),
         ({"timestep_sampling": "sigma", "weighting_scheme": "mode", "mode_scale": 3.0}, "mode_scale must be from -1"),
-        ({"timestep_sampling": "shift", "num_timestep_buckets": 1}, "num_timestep_buckets must be at least 2"),
+        ({"timestep_sampling": "shift", "num_timestep_buckets": 0}, "num_timestep_buckets must be at least 1"),
     ],
 )
 def test_values_without_meaning_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
