@@ -154,14 +154,20 @@ def test_fp8_halves_the_linear_weights_and_stays_near(tmp_path: Path, tensors: d
 
 def test_a_scale_per_row_keeps_small_rows_that_a_plain_cast_would_lose() -> None:
     weight = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [1e-4]])
-    layer = RowFp8Linear(64, 2)
-    layer.weight.data, layer.scale.data = quantise_rows(weight)
-    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
-    exact = x @ weight.T
-    error = (layer(x) - exact).norm(dim=0) / exact.norm(dim=0)
-    plain = (x @ weight.to(FP8).float().T - exact).norm(dim=0) / exact.norm(dim=0)
-    assert error.max() < 0.05
+    rows, scale = quantise_rows(weight)
+    error = (rows.float() * scale[:, None] - weight).norm(dim=1) / weight.norm(dim=1)
+    plain = (weight.to(FP8).float() - weight).norm(dim=1) / weight.norm(dim=1)
+    assert error.max() < 0.04
     assert plain[1] > 0.9
+
+
+def test_an_fp8_linear_multiplies_with_its_scaled_rows() -> None:
+    layer = RowFp8Linear(64, 3)
+    layer.weight.data, layer.scale.data = quantise_rows(torch.randn(3, 64) * torch.tensor([[1.0], [1e-4], [1e4]]))
+    x = torch.randn(5, 64)
+    expected = x @ (layer.weight.float() * layer.scale[:, None]).T
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=0)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_rows_of_zeros_stay_zeros() -> None:
