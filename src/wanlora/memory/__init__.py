@@ -1,0 +1,1 @@
+"""Fitting a run into the card: streaming blocks, recomputing them, compiling them, measuring what they take."""

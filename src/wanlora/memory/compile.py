@@ -1,0 +1,75 @@
+"""Compiled blocks: one graph for all of them.
+
+Every block runs the same code on weights of the same shapes, so its forward is compiled once, as a function of the
+block, and each block calls that function. Weights enter the graph as inputs: which memory they lie in may change from
+call to call, as it does for streamed blocks. Only `forward` is compiled, not the call around it: hooks before a block
+(streaming) and what wraps the call (recomputation) stay ordinary Python outside of the graph. The number of tokens is
+a variable of the graph unless `dynamic` says otherwise.
+"""
+
+import importlib.util
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+_C_COMPILERS = ("cc", "gcc", "clang", "cl")
+_TRITON_CAPABILITY = (7, 0)
+
+
+def compile_blocks(
+    blocks: Iterable[nn.Module],
+    *,
+    backend: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    dynamic: bool | None = True,
+    fullgraph: bool = False,
+    cache_size_limit: int | None = None,
+) -> None:
+    """Compile the forward of each block in place; the work happens at the first call.
+
+    The options are those of `torch.compile`; `cache_size_limit` is how many variants of a graph are kept.
+    """
+    if cache_size_limit is not None:
+        torch._dynamo.config.recompile_limit = cache_size_limit
+    compiled: dict[type[nn.Module], Callable[..., Any]] = {}
+    for block in blocks:
+        if is_compiled(block):
+            continue
+        kind = type(block)
+        if kind not in compiled:
+            compiled[kind] = torch.compile(
+                kind.forward, backend=backend, mode=mode, dynamic=dynamic, fullgraph=fullgraph
+            )
+        block.forward = MethodType(compiled[kind], block)
+
+
+def restore_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Undo `compile_blocks`."""
+    for block in blocks:
+        block.__dict__.pop("forward", None)
+
+
+def is_compiled(block: nn.Module) -> bool:
+    """Whether `compile_blocks` was here."""
+    return "forward" in block.__dict__
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """Why blocks cannot be compiled for `device` on this machine, as half a sentence; None if they can."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed (on Windows: triton-windows)"
+        if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < _TRITON_CAPABILITY:
+            return "the card is older than what triton compiles for"
+    if not any(shutil.which(name) for name in (os.environ.get("CC", ""), *_C_COMPILERS) if name):
+        return "there is no C compiler"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's C headers are not installed (on Debian: python3-dev)"
+    return None

@@ -1,0 +1,194 @@
+"""Blocks that live on the host and pass through the card.
+
+The base model is frozen, so a block is never copied back: each streamed block has one page-locked master on the host,
+and a small ring of device buffers takes turns holding the blocks that are needed next. A copy is queued ahead of use
+on a side stream, in one piece, while other blocks compute. Events keep order: a block waits for its copy, and a
+buffer is refilled only once the block that used it has computed. The host waits for nothing.
+
+What is needed next is foretold from the order in which blocks are called. A forward pass goes up; backward recomputes
+from the top down, so the ring keeps its contents at the turn and starts the way back with a hit; below block 0 the
+next step's forward begins. Without gradients (previews, validation) forward follows forward. A wrong guess costs a
+copy and never a wrong result. With S streamed blocks and a ring of R, a training step makes 2 (S - R) copies.
+
+Streamed blocks must be recomputed in backward (`checkpointing.py`): what autograd kept would lie in a buffer that has
+since been refilled. The model knows nothing of all this: hooks before each block do it, and they fire in
+recomputation too.
+
+Order of use: load (streamed blocks on the host, see `placement.py`), quantise, freeze, adapt, `attach`, compile.
+Weights must not be moved or replaced between `attach` and `detach`; adapters, which are trained, stay on the device
+untouched.
+"""
+
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from wanlora.foundation.log import warn_once
+from wanlora.memory.masters import BlockMaster
+from wanlora.memory.pinned import is_page_locked
+from wanlora.memory.placement import streamed_indexes
+from wanlora.memory.transfers import Mark, Transfers, transfers_for
+
+
+def needed_next(streamed: Sequence[int], index: int, *, rising: bool, turns: bool, count: int) -> list[int]:
+    """The first `count` streamed blocks to be used from block `index` on, the soonest first.
+
+    `rising`: blocks are being called in ascending order. `turns`: the top is followed by the way back (training) and
+    not by another forward.
+    """
+    if rising or not turns:
+        ahead = [block for block in streamed if block >= index]
+        after = list(reversed(streamed)) if turns else list(streamed)
+    else:
+        ahead = [block for block in reversed(streamed) if block <= index]
+        after = list(streamed)
+    return list(dict.fromkeys([*ahead, *after]))[:count]
+
+
+class _Slot:
+    """A device buffer and what it holds."""
+
+    def __init__(self, buffer: Tensor, masters: dict[int, BlockMaster]) -> None:
+        self.buffer = buffer
+        self.views = {index: master.views(buffer) for index, master in masters.items()}
+        self.block: int | None = None
+        self.filled: Mark = None
+        self.free: Mark = None
+
+
+class BlockStream:
+    """Streams `num_streamed` of `blocks` to `device`.
+
+    `streamed_indexes` names them. Counters since the start: `copies` and `copied_bytes` host to device, `waits` uses of
+    a streamed block, `misses` uses whose copy had not even been queued. Raises `MemoryPlanError` if there are fewer
+    blocks than `num_streamed`.
+    """
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], num_streamed: int, device: torch.device, ring_size: int = 2, pin: bool = True
+    ) -> None:
+        self.blocks = blocks
+        self.streamed_indexes = streamed_indexes(len(blocks), num_streamed)
+        self.device = device
+        self.ring_size = min(max(ring_size, 1), num_streamed)
+        self.pin = pin
+        self.copies = self.copied_bytes = self.waits = self.misses = 0
+        self._transfers: Transfers = transfers_for(device)
+        self._masters: dict[int, BlockMaster] = {}
+        self._ring: list[_Slot] = []
+        self._hooks: list[RemovableHandle] = []
+        self._in_use: _Slot | None = None
+        self._last_index = -1
+        self._rising = True
+        if 0 < num_streamed <= ring_size:
+            warn_once(
+                f"{num_streamed} streamed blocks and a ring of {ring_size} device buffers: this saves no memory; "
+                f"stream more than {ring_size} blocks"
+            )
+
+    @property
+    def attached(self) -> bool:
+        """Whether blocks are being streamed now."""
+        return bool(self._hooks)
+
+    @property
+    def page_locked(self) -> bool:
+        """Whether every master is page-locked, so that copies run beside the computation."""
+        return all(is_page_locked(master.flat) for master in self._masters.values())
+
+    def attach(self) -> None:
+        """Move streamed blocks to the host and all else of the blocks to the device, then begin to stream.
+
+        Blocks may be anywhere before; one at a time is moved, so the device never holds more than it did.
+        """
+        if self.attached:
+            raise RuntimeError("the blocks are being streamed already")
+        for index, block in enumerate(self.blocks):
+            if index in self.streamed_indexes:
+                self._masters[index] = BlockMaster(block, device=self.device, pin=self.pin)
+                kept = {id(tensor) for tensor in self._masters[index].tensors}
+            else:
+                kept = set()
+            _move(block, self.device, without=kept)
+        self._ring = self._make_ring()
+        self._hooks = [
+            block.register_forward_pre_hook(partial(self._before_block, index), prepend=True)
+            for index, block in enumerate(self.blocks)
+        ]
+
+    def detach(self, device: torch.device | None = None) -> None:
+        """Stop streaming and leave all weights on `device` (the stream's own unless another is named)."""
+        for hook in self._hooks:
+            hook.remove()
+        self._transfers.finish()
+        for master in self._masters.values():
+            master.dissolve(device or self.device)
+        self._hooks, self._masters, self._ring, self._in_use = [], {}, [], None
+
+    def reset(self) -> None:
+        """Forget where in a pass we are. For after an exception in the middle of one; what is in the ring stays."""
+        self._release()
+        self._last_index, self._rising = -1, True
+
+    def _make_ring(self) -> list[_Slot]:
+        num_bytes = max((master.num_bytes for master in self._masters.values()), default=0)
+        ring = [
+            _Slot(torch.empty(num_bytes, dtype=torch.uint8, device=self.device), self._masters)
+            for _ in range(self.ring_size)
+        ]
+        for slot in ring:
+            slot.free = self._transfers.mark()  # the memory may still be read by what had it before
+        return ring
+
+    def _before_block(self, index: int, block: nn.Module, args: tuple[Any, ...]) -> None:
+        """Make block `index` ready and queue the copies of those that follow."""
+        self._release()
+        if index != self._last_index:
+            self._rising, self._last_index = index > self._last_index, index
+        needed = needed_next(
+            self.streamed_indexes, index, rising=self._rising, turns=torch.is_grad_enabled(), count=self.ring_size
+        )
+        held = {slot.block for slot in self._ring}
+        self.misses += index in self._masters and index not in held
+        for wanted in needed:
+            if wanted not in held:
+                self._load(wanted, needed)
+        if index in self._masters:
+            self._use(index)
+
+    def _release(self) -> None:
+        """Everything that read the buffer in use has been queued by now: it may be refilled after that."""
+        if self._in_use is not None:
+            self._in_use.free = self._transfers.mark()
+            self._in_use = None
+
+    def _load(self, index: int, needed: Collection[int]) -> None:
+        """Queue the copy of a block into a buffer whose block is not needed soon."""
+        slot = next(slot for slot in self._ring if slot.block not in needed)
+        if slot.block is not None:
+            former = self._masters[slot.block]
+            former.point_to(former.on_host)
+        master = self._masters[index]
+        slot.filled = self._transfers.copy(slot.buffer[: master.num_bytes], master.flat, after=slot.free)
+        slot.block = index
+        self.copies += 1
+        self.copied_bytes += master.num_bytes
+
+    def _use(self, index: int) -> None:
+        """Let the computation wait for the copy of a block and look at it."""
+        slot = next(slot for slot in self._ring if slot.block == index)
+        self._transfers.wait(slot.filled)
+        self._masters[index].point_to(slot.views[index])
+        self._in_use = slot
+        self.waits += 1
+
+
+def _move(block: nn.Module, device: torch.device, *, without: Collection[int]) -> None:
+    """Move a block's tensors to `device` in place, but not those with these ids."""
+    for tensor in [*block.parameters(), *block.buffers()]:
+        if id(tensor) not in without:
+            tensor.data = tensor.data.to(device)

@@ -1,0 +1,135 @@
+"""Quantising a transformer while it is read.
+
+`load_transformer` hands over one tensor at a time, so the full-width weight of a layer exists only while it is being
+quantised and the device never holds the bf16 model. Matrices of the blocks' linears become `Fp8Linear`; norms, biases,
+modulation, embeddings and the head, which are small and on which much depends, stay as they are. Weights that a file
+has in eight bits already are kept to the bit, whatever scales it gives them.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from wanlora.foundation.errors import CheckpointError
+from wanlora.models.wan.checkpoint import install_parameter
+from wanlora.models.wan.transformer import WanTransformer
+from wanlora.quantization.blockwise import BLOCK, has_blocks, quantize_blockwise, relative_error, to_fp8
+from wanlora.quantization.linear import Fp8Linear
+from wanlora.quantization.ready_made import as_block_scale
+
+Mode = Literal["scaled", "plain"]
+_BLOCK_WEIGHT = re.compile(r"^(?:vace_)?blocks\.\d+\..+\.weight$")
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(kw_only=True, slots=True)
+class Fp8Report:
+    """What became of the weights."""
+
+    quantized: list[str] = field(default_factory=list)
+    """Weights made fp8 here."""
+    per_row: list[str] = field(default_factory=list)
+    """Those of them with one scale per row, because 64 does not divide their inputs."""
+    ready_made: list[str] = field(default_factory=list)
+    """Weights that the file has in fp8, kept to the bit."""
+    excluded: list[str] = field(default_factory=list)
+    """Matrices that stay in full width."""
+    measured: str = ""
+    """The layer that errors were measured on."""
+    scaled_error: float = 0.0
+    """Relative error of that layer with scales."""
+    plain_error: float = 0.0
+    """And without; 0 unless mode is plain."""
+
+
+class Fp8Installer:
+    """The `install` hook of `load_transformer` for fp8 weights.
+
+    Weights are quantised where the loader puts them (`device`) and rest where `place` says for their name (default:
+    `device`). `dtype` is the compute dtype. Mode "plain" casts without scales. After loading, `report` has the counts
+    and `summary()` the lines for the log. Raises `CheckpointError` for scales that do not fit and for values that are
+    not finite.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        mode: Mode = "scaled",
+        *,
+        place: Callable[[str], torch.device] | None = None,
+    ) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.mode = mode
+        self.place = place or (lambda name: device)
+        self.report = Fp8Report()
+
+    def __call__(self, model: WanTransformer, name: str, tensor: Tensor, scale: Tensor | None) -> None:
+        """Put one tensor, under its official name, into the model."""
+        owner_name = name.rpartition(".")[0]
+        owner = model.get_submodule(owner_name)
+        if not (_BLOCK_WEIGHT.match(name) and isinstance(owner, nn.Linear)):
+            if isinstance(owner, nn.Linear) and name.endswith(".weight"):
+                self.report.excluded.append(name)
+            install_parameter(model, name, tensor.to(self.place(name)), scale)
+            return
+        weight, scale = self._convert(name, tensor.to(self.device), scale)
+        resting = self.place(name)
+        linear = Fp8Linear(weight.to(resting), scale.to(resting), compute_dtype=self.dtype)
+        linear.bias = owner.bias  # loaded already, or still without memory and loaded later
+        model.set_submodule(owner_name, linear)
+
+    def _convert(self, name: str, tensor: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The weight in fp8 and its scale [out or 1, blocks, 1]."""
+        if tensor.dtype in _FP8:
+            self.report.ready_made.append(name)
+            given = torch.ones((), device=self.device) if scale is None else scale.to(self.device)
+            return tensor.clone(), as_block_scale(given, (tensor.shape[0], tensor.shape[1]), name)
+        self.report.quantized.append(name)
+        if self.mode == "scaled" and not has_blocks(tensor.shape[1]):
+            self.report.per_row.append(name)
+        weight, made = quantize_blockwise(tensor)
+        if not made.isfinite().all():
+            raise CheckpointError(f"{name} holds values that are not finite numbers; fetch the file again")
+        if not self.report.measured:
+            self.report.measured = name
+            self.report.scaled_error = relative_error(tensor, weight, made)
+        if self.mode == "scaled":
+            return weight, made
+        return self._cast(name, tensor)
+
+    def _cast(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Without scales: a scale of 1."""
+        weight, one = to_fp8(tensor), torch.ones((1, 1, 1), device=self.device)
+        if name == self.report.measured:
+            self.report.plain_error = relative_error(tensor, weight, one)
+        return weight, one
+
+    def summary(self) -> list[str]:
+        """Lines for the log: what was quantised, how well, and what was not."""
+        report = self.report
+        lines = []
+        if report.quantized:
+            error = report.scaled_error if self.mode == "scaled" else report.plain_error
+            how = f"a scale per {BLOCK} inputs" if self.mode == "scaled" else "no scales"
+            lines.append(
+                f"fp8: {len(report.quantized)} block weights with {how}, relative error {error:.1%} on "
+                f"{report.measured}; {len(report.excluded)} matrices outside the blocks are kept in full"
+            )
+        if self.mode == "plain" and report.quantized:
+            lines.append(
+                f"fp8 with scales is better: --fp8_scaled has a relative error of {report.scaled_error:.1%} "
+                "there and takes 6 % more memory"
+            )
+        if report.per_row:
+            lines.append(
+                f"fp8: {len(report.per_row)} weights have inputs that {BLOCK} does not divide and one scale per row"
+            )
+        if report.ready_made:
+            lines.append(f"fp8: {len(report.ready_made)} weights are in fp8 in the file and kept as they are")
+        return lines
