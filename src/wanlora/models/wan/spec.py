@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from wanlora.foundation.errors import CheckpointError
+from wanlora.foundation.errors import CheckpointError, ConfigError, did_you_mean
 from wanlora.foundation.shapes import PATCH
 
 _BLOCK = re.compile(r"^blocks\.(\d+)\.")
@@ -82,8 +82,10 @@ class WanSpec:
     """What the user types after --task."""
     title: str
     """What the release is called."""
+    file: str
+    """What its file is usually called."""
     family: str
-    """Kind of graph, as `detect.family_of` names it."""
+    """Kind of graph, a key of `detect.FAMILIES`."""
     sizes: WanSizes
     """Sizes of the released file."""
     image_branch: bool = False
@@ -108,10 +110,18 @@ _RESOLUTIONS_480P = ((832, 480), (480, 832))
 _RESOLUTIONS_720P = ((1280, 720), (720, 1280))
 
 _ROWS = (
-    WanSpec(name="t2v-1.3B", title="Wan2.1-T2V-1.3B", family="t2v", sizes=_SIZES_1_3B, resolutions=_RESOLUTIONS_480P),
+    WanSpec(
+        name="t2v-1.3B",
+        title="Wan2.1-T2V-1.3B",
+        file="wan2.1_t2v_1.3B_bf16.safetensors",
+        family="t2v",
+        sizes=_SIZES_1_3B,
+        resolutions=_RESOLUTIONS_480P,
+    ),
     WanSpec(
         name="t2v-14B",
         title="Wan2.1-T2V-14B",
+        file="wan2.1_t2v_14B_bf16.safetensors",
         family="t2v",
         sizes=_SIZES_14B,
         resolutions=_RESOLUTIONS_720P + _RESOLUTIONS_480P,
@@ -119,6 +129,7 @@ _ROWS = (
     WanSpec(
         name="t2i-14B",
         title="Wan2.1-T2V-14B",
+        file="wan2.1_t2v_14B_bf16.safetensors",
         family="t2v",
         sizes=_SIZES_14B,
         frames=1,
@@ -138,3 +149,13 @@ FUTURE_TASKS: dict[str, str] = {
     "i2v-A14B": "Wan2.2 image to video trains two experts with image conditioning, which is not supported yet",
 }
 """Tasks that users know from musubi and that cannot be trained here yet: the sentence to answer with."""
+
+
+def task_spec(task: str) -> WanSpec:
+    """The row of a task. Raises `ConfigError` that explains a task known from musubi, or names the nearest."""
+    if task in TASKS:
+        return TASKS[task]
+    known = ", ".join(TASKS)
+    if task in FUTURE_TASKS:
+        raise ConfigError(f"--task {task}: {FUTURE_TASKS[task]}; tasks that can be trained: {known}")
+    raise ConfigError(f"unknown task {task!r}{did_you_mean(task, TASKS)}; tasks that can be trained: {known}")
