@@ -74,7 +74,7 @@ class LatentStamp:
     original: Size
     """Size of the source as shown."""
     window: Window | None = None
-    resampling: str = ""
+    resampling: str | None = ""
     """The rule of `rates.Resampling`; empty when frames were taken as they stand."""
     vae: str | None = None
     """What tells this VAE from others."""
@@ -93,7 +93,7 @@ class LatentStamp:
         window = f"{self.window.start}+{self.window.frames}" if self.window else ""
         return {
             f"{_OURS}window": window,
-            f"{_OURS}resampling": self.resampling,
+            f"{_OURS}resampling": self.resampling or "",
             f"{_OURS}vae": self.vae or "",
             f"{_OURS}vae_dtype": self.vae_dtype or "",
         }
@@ -152,41 +152,40 @@ def read_text(path: Path) -> Tensor:
 
 
 def latent_is_fresh(path: Path, stamp: LatentStamp, source: Path | None = None) -> str | None:
-    """None if the cache at `path` is what `stamp` asks for; otherwise why not, in words.
+    """None if the cache at `path` is what `stamp` asks for; otherwise why not, in words that follow the file's name.
 
     `source` is compared when given and present; the stamp's None fields are not compared.
     """
     if not path.is_file():
-        return "missing"
+        return "is missing"
     try:
         with _opened(path) as file:
             return _latent_difference(file, stamp) or _source_difference(file.metadata, source)
     except DataError as error:
-        return f"unreadable ({error})"
+        return f"cannot be read ({error})"
 
 
 def text_is_fresh(path: Path, *, caption: str | None = None, t5: str | None = None) -> str | None:
-    """None if the text cache at `path` belongs to `caption` and `t5`; otherwise why not, in words.
-
-    What is None is not compared.
+    """None if the text cache at `path` belongs to `caption` and `t5`; otherwise why not, as in
+    `latent_is_fresh`. What is None is not compared.
     """
     if not path.is_file():
-        return "missing"
+        return "is missing"
     try:
         with _opened(path) as file:
             _text_key(file)
             metadata = file.metadata
     except DataError as error:
-        return f"unreadable ({error})"
+        return f"cannot be read ({error})"
     if caption is not None and metadata.get("caption1", caption).strip() != caption:
-        return "the caption has changed"
-    return _recorded_difference(metadata, "t5", t5, "it was made with another text encoder")
+        return "belongs to another caption than the one that stands there now"
+    return _recorded_difference(metadata, "t5", t5, "was made with another text encoder")
 
 
-def cached_shape(path: Path) -> PixelShape:
-    """The pixels that the latents at `path` decode to. Raises `DataError`."""
+def has_image_conditioning(path: Path) -> bool:
+    """Whether a latent cache also holds what image-to-video training reads. Raises `DataError`."""
     with _opened(path) as file:
-        return _shape_in(_latents_key(file)).pixels()
+        return any(name.startswith(("latents_image_", "clip_")) for name in file.names)
 
 
 def source_fingerprint(path: Path) -> Fingerprint:
@@ -206,20 +205,20 @@ def source_fingerprint(path: Path) -> Fingerprint:
 def _latent_difference(file: TensorSource, stamp: LatentStamp) -> str | None:
     metadata = file.metadata
     if (architecture := metadata.get("architecture", ARCHITECTURE)) != ARCHITECTURE:
-        return f"it belongs to another model ({architecture})"
+        return f"belongs to another model ({architecture})"
     key = _latents_key(file)
     found = _shape_in(key)
     if found != stamp.latents:
         was = found.pixels()
         length = f" and {was.frames} frames" if was.frames != stamp.pixels.frames else ""
         asked = f"{stamp.pixels.width}x{stamp.pixels.height}"
-        return f"it was cached for {was.width}x{was.height}{length}, the dataset now asks for {asked}"
+        return f"was cached for {was.width}x{was.height}{length}, the dataset now asks for {asked}"
     if stamp.dtype is not None and not key.endswith(f"_{stamp.dtype}"):
-        return f"it is stored as {key.rsplit('_', 1)[1]}, not {stamp.dtype}"
+        return f"is stored as {key.rsplit('_', 1)[1]}, not {stamp.dtype}"
     return (
-        _recorded_difference(metadata, "resampling", stamp.resampling, "its frames were chosen by another frame rate")
-        or _recorded_difference(metadata, "vae", stamp.vae, "it was made with another VAE")
-        or _recorded_difference(metadata, "vae_dtype", stamp.vae_dtype, "it was made with another --vae_dtype")
+        _recorded_difference(metadata, "resampling", stamp.resampling, "holds frames chosen by another frame rate")
+        or _recorded_difference(metadata, "vae", stamp.vae, "was made with another VAE")
+        or _recorded_difference(metadata, "vae_dtype", stamp.vae_dtype, "was made with another --vae_dtype")
     )
 
 
@@ -247,7 +246,7 @@ def _source_difference(metadata: dict[str, str], source: Path | None) -> str | N
         if same_size and metadata[f"{_OURS}source_mtime_ns"] == str(status.st_mtime_ns):
             return None
     same = source_fingerprint(source).digest == metadata[f"{_OURS}source_digest"]
-    return None if same else f"{source.name} has changed"
+    return None if same else f"is older than {source.name}, which has changed"
 
 
 def _opened(path: Path) -> TensorSource:
@@ -262,10 +261,8 @@ def _latents_key(file: TensorSource) -> str:
     if len(found) != 1:
         raise DataError(f"{file.path} holds no latents; run wan_cache_latents.py")
     shape, said = file.shape(found[0]), _shape_in(found[0])
-    if shape[1:] != (said.frames, said.height, said.width) or shape[0] != LATENT_CHANNELS:
-        raise DataError(
-            f"{file.path} holds latents of shape {shape} under the name {found[0]}; run wan_cache_latents.py"
-        )
+    if shape[1:] != (said.frames, said.height, said.width):
+        raise DataError(f"{file.path} holds a tensor of shape {shape} under the name {found[0]}; cache it again")
     return found[0]
 
 

@@ -45,6 +45,14 @@ class Extraction:
         """The windows that are trained: each once."""
         return tuple(dict.fromkeys(self.windows(num_frames)))
 
+    def could_yield(self, window: Window) -> bool:
+        """Whether some clip has this window."""
+        if self.mode == "full":
+            return window.start == 0 and window.frames <= self.max_frames
+        spacing = {"chunk": window.frames, "slide": self.stride, "uniform": 1}.get(self.mode)
+        well_placed = window.start == 0 if spacing is None else window.start % spacing == 0
+        return window.frames in self.targets and well_placed
+
     def shortfall(self, num_frames: int) -> "Lack | None":
         """What a clip of `num_frames` yields less than asked, or None if it yields everything."""
         if self.mode == "full":

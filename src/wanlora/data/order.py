@@ -1,0 +1,47 @@
+"""The batches of an epoch and their order: a pure function of plan, seed and epoch.
+
+Samples of one sub-dataset and one shape share batches. Each repeat is a sample of its own; a bucket's last batch may be
+short, nothing is dropped. The usual trainer shuffles on from the state of the epoch before and starts from an unsorted
+listing; here any epoch can be made anew, on any machine, so a resumed run sees what an unbroken one would have seen.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from wanlora.data.plan import DataPlan
+from wanlora.foundation.random import Streams
+from wanlora.foundation.shapes import PixelShape
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSpec:
+    """Which samples form a batch."""
+
+    indexes: tuple[int, ...]
+    """Positions in `DataPlan.items`."""
+    pixels: PixelShape
+
+
+def epoch_batches(plan: DataPlan, streams: Streams, epoch: int) -> tuple[BatchSpec, ...]:
+    """The batches of `epoch` in order; the stream `order` at position `epoch` shuffles."""
+    generator = streams.generator("order", epoch)
+    batches: list[BatchSpec] = []
+    offset = 0
+    for dataset in plan.datasets:
+        buckets: dict[PixelShape, list[int]] = defaultdict(list)
+        for position, item in enumerate(dataset.items):
+            buckets[item.pixels] += [offset + position] * dataset.repeats
+        for pixels, indexes in sorted(buckets.items()):
+            shuffled = _shuffled(indexes, generator)
+            size = dataset.config.batch_size
+            batches += [
+                BatchSpec(tuple(shuffled[start : start + size]), pixels) for start in range(0, len(shuffled), size)
+            ]
+        offset += len(dataset.items)
+    return tuple(batches[index] for index in _shuffled(list(range(len(batches))), generator))
+
+
+def _shuffled(indexes: list[int], generator: torch.Generator) -> list[int]:
+    return [indexes[int(position)] for position in torch.randperm(len(indexes), generator=generator)]
