@@ -18,8 +18,8 @@ MODEL_FPS = 16.0
 TargetFps = float | Literal["keep"] | None
 _SLACK = 0.05
 """Share of an output frame by which a duration may be wrong: Matroska stores milliseconds."""
-_TIE = 0.002
-"""Seconds within which two frames count as equally near, for the same reason."""
+_ROUNDING = 0.002
+"""Seconds by which a frame may be stamped late, for the same reason."""
 _SAME_RATE = 0.005
 """Relative difference below which two rates are one: 16 and 16000/1001."""
 
@@ -49,7 +49,7 @@ def resample(
     target = target_fps or MODEL_FPS
     if source_fps is not None:
         return _declared(len(times), source_fps, target)
-    indexes = nearest_by_time(times, rate, target)
+    indexes = shown_at(times, rate, target)
     if indexes == as_they_stand or _runs_at(times, rate, target):
         return Resampling(as_they_stand)
     rule = f"by time to {target:g} fps"
@@ -67,16 +67,12 @@ def accumulated(num_frames: int, source_fps: float, target_fps: float) -> tuple[
     return tuple(kept)
 
 
-def nearest_by_time(times: Sequence[float], rate: float, target_fps: float) -> tuple[int, ...]:
-    """For every k, while the clip lasts, the frame shown nearest to k / target_fps seconds, the earlier on a tie."""
+def shown_at(times: Sequence[float], rate: float, target_fps: float) -> tuple[int, ...]:
+    """For every k, while the clip lasts, the frame that a player shows at k / target_fps seconds."""
     clock = np.asarray(times, dtype=np.float64) - times[0]
     duration = clock[-1] + 1 / rate
     moments = np.arange(max(1, math.ceil(duration * target_fps - _SLACK))) / target_fps
-    after = np.clip(np.searchsorted(clock, moments), 0, len(clock) - 1)
-    before = np.maximum(after - 1, 0)
-    later = clock[after] - moments < moments - clock[before] - _TIE
-    chosen = np.where(later | (clock[after] <= moments), after, before)
-    return tuple(int(index) for index in chosen)
+    return tuple(int(index) for index in np.searchsorted(clock, moments + _ROUNDING, side="right") - 1)
 
 
 def _runs_at(times: Sequence[float], rate: float, target_fps: float) -> bool:
@@ -97,4 +93,4 @@ def _declared(num_frames: int, source_fps: float, target_fps: float) -> Resampli
         return Resampling(accumulated(num_frames, source_fps, target_fps), rule)
     times = [index / source_fps for index in range(num_frames)]
     note = f"source_fps = {source_fps:g} is below {target_fps:g} fps: frames are repeated, none is dropped"
-    return Resampling(nearest_by_time(times, source_fps, target_fps), rule, note)
+    return Resampling(shown_at(times, source_fps, target_fps), rule, note)
