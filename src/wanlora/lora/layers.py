@@ -3,9 +3,9 @@
 LoRA (arXiv:2106.09685) keeps W as it is and learns y = W x + m (alpha / r) B A x with A of r rows and B of r columns.
 A starts random and B at zero, so an untrained adapter changes nothing. The two factors are kept in float32, because an
 optimizer step is often smaller than the spacing of bfloat16 numbers, and are cast to the activation's format at every
-call; casting r rows costs next to nothing. The factor m alpha / r goes into B before that cast, so it is rounded once and
-the wide activations are never multiplied. The base may be any module with `in_features` and `out_features`, quantised or
-not: only its output is used.
+call; casting r rows costs next to nothing. The factor m alpha / r goes into B before that cast, so it is rounded once
+and the wide activations are never multiplied. The base may be any module with `in_features` and `out_features`,
+quantised or not: only its output is used.
 """
 
 import math

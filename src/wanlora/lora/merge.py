@@ -1,8 +1,8 @@
 """LoRA files made part of a model while it loads (`--base_weights`).
 
 The update is added in float32 to each weight as it comes from the file, before it is rounded or quantised; adding it
-to fp8 codes afterwards would give noise. Names in the files are looked up from the names of the tensors that pass by, so
-no model has to exist yet. `finish` then refuses files of which a part was never used.
+to fp8 codes afterwards would give noise. Names in the files are looked up from the names of the tensors that pass by,
+so no model has to exist yet. `finish` then refuses files of which a part was never used.
 """
 
 from collections.abc import Sequence

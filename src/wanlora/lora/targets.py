@@ -83,8 +83,8 @@ def _advice(pattern: re.Pattern[str], names: Sequence[str]) -> str:
     if inside is not None:
         longer = ".*" + pattern.pattern
         return f"It occurs inside {inside!r}; patterns start at the beginning of the path: write {longer!r}"
-    plain = re.sub(r"\.\*|[\\^$()\[\]?+*]", "", pattern.pattern)
+    plain = re.sub(r"\.\*|[\\^$()\[\]?+*]", "", pattern.pattern).strip(".")
     tails = sorted({name.split(".", 2)[2] for name in names})
-    near = nearest(plain, names) or nearest(plain.split(".")[-1], tails) or nearest(plain, tails)
+    near = nearest(plain, tails) or nearest(plain, names)
     meant = f"Near it: {near!r}. " if near else ""
     return f"{meant}In each of blocks.0 to {names[-1].split('.', 2)[1]} there are: {', '.join(tails)}"
