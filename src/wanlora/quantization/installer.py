@@ -43,7 +43,7 @@ class Fp8Report:
     scaled_error: float = 0.0
     """Relative error of that layer with scales."""
     plain_error: float = 0.0
-    """And without; 0 unless mode is plain."""
+    """And without."""
 
 
 class Fp8Installer:
@@ -88,27 +88,27 @@ class Fp8Installer:
         """The weight in fp8 and its scale [out or 1, blocks, 1]."""
         if tensor.dtype in _FP8:
             self.report.ready_made.append(name)
-            given = torch.ones((), device=self.device) if scale is None else scale.to(self.device)
+            given = self._one() if scale is None else scale.to(self.device)
             return tensor.clone(), as_block_scale(given, (tensor.shape[0], tensor.shape[1]), name)
-        self.report.quantized.append(name)
-        if self.mode == "scaled" and not has_blocks(tensor.shape[1]):
-            self.report.per_row.append(name)
-        weight, made = quantize_blockwise(tensor)
-        if not made.isfinite().all():
+        if not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise CheckpointError(f"{name} holds values that are not finite numbers; fetch the file again")
+        self.report.quantized.append(name)
         if not self.report.measured:
-            self.report.measured = name
-            self.report.scaled_error = relative_error(tensor, weight, made)
-        if self.mode == "scaled":
-            return weight, made
-        return self._cast(name, tensor)
+            self._measure(name, tensor)
+        if self.mode == "plain":
+            return to_fp8(tensor), self._one()
+        if not has_blocks(tensor.shape[1]):
+            self.report.per_row.append(name)
+        return quantize_blockwise(tensor)
 
-    def _cast(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """Without scales: a scale of 1."""
-        weight, one = to_fp8(tensor), torch.ones((1, 1, 1), device=self.device)
-        if name == self.report.measured:
-            self.report.plain_error = relative_error(tensor, weight, one)
-        return weight, one
+    def _one(self) -> Tensor:
+        return torch.ones((1, 1, 1), device=self.device)
+
+    def _measure(self, name: str, tensor: Tensor) -> None:
+        """What both modes would make of this weight."""
+        self.report.measured = name
+        self.report.scaled_error = relative_error(tensor, *quantize_blockwise(tensor))
+        self.report.plain_error = relative_error(tensor, to_fp8(tensor), self._one())
 
     def summary(self) -> list[str]:
         """Lines for the log: what was quantised, how well, and what was not."""
