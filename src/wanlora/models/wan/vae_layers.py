@@ -74,7 +74,8 @@ class CausalConv3d(nn.Conv3d, CausalLayer):
         cache.keep(self, x[:, :, -self._reach :])
         num_missing = self._reach + num_frames - x.shape[2]
         if num_frames > 1:
-            return F.conv3d(F.pad(x, (0, 0, 0, 0, num_missing, 0)), self.weight, self.bias, padding=self.padding)
+            padded = F.pad(x, (0, 0, 0, 0, num_missing, 0)) if num_missing else x
+            return F.conv3d(padded, self.weight, self.bias, padding=self.padding)
         if x.shape[2] > 1:
             return F.conv3d(x, self.weight[:, :, num_missing:], self.bias, padding=self.padding)
         return F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, padding=self.padding[1:]).unsqueeze(2)

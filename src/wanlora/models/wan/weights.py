@@ -58,7 +58,8 @@ def fill(
 ) -> None:
     """Read every tensor that `names` (model name to file name) lists, on `device` in `dtype`."""
     for name, stored_name in names.items():
-        put(model, name, source.read(stored_name).to(device=device, dtype=dtype))
+        # A copy, because what was read may be a window into the file.
+        put(model, name, source.read(stored_name).to(device=device, dtype=dtype, copy=True))
 
 
 def _some(names: list[str]) -> str:
