@@ -1,15 +1,24 @@
-"""The dataset file: which pictures and clips, at which size, cut how."""
+"""The dataset file: which pictures and clips, at which size, cut how.
+
+`read_datasets` reads it strictly: an unknown key, a wrong type or an impossible value is an error that names file, line
+and table, and all of a file's errors are reported at once. `[general]` gives defaults to every `[[datasets]]`; the
+configs that come out have it merged in. Whatever is changed on the way (frames floored to 4k + 1) is said.
+"""
 
 import ntpath
 import os
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from wanlora.config.fields import Checked, Count, Limits, Positive, check_fields
-from wanlora.foundation.errors import ConfigError
-from wanlora.foundation.shapes import floor_to_latent_frames
+from wanlora.config.fields import Checked, Count, Kind, Limits, Positive, check_fields, settings_of
+from wanlora.config.musubi import ANSWERED_KEYS
+from wanlora.config.toml import TableFile, read_table
+from wanlora.foundation.errors import ConfigError, Problems, did_you_mean, nearest
+from wanlora.foundation.log import say_once
+from wanlora.foundation.shapes import floor_to_latent_frames, floor_to_size_step
 
 Side = Annotated[int, Limits(low=32)]
 
@@ -48,7 +57,10 @@ def source_keys(cls: type[DatasetConfig]) -> tuple[str, str]:
     return f"{medium}_directory", f"{medium}_jsonl_file"
 
 
-def _check_source(config: DatasetConfig) -> None:
+def _check_dataset(config: DatasetConfig) -> None:
+    check_fields(config)
+    if "." not in config.caption_extension:
+        raise ConfigError(f"{config.where}: caption_extension needs its dot, got {config.caption_extension!r}")
     directory, jsonl = source_keys(type(config))
     given = [key for key in (directory, jsonl) if getattr(config, key) is not None]
     if len(given) != 1:
@@ -65,8 +77,7 @@ class ImageDatasetConfig(DatasetConfig):
     """File with one {"image_path": ..., "caption": ...} a line."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        _check_source(self)
+        _check_dataset(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,8 +104,7 @@ class VideoDatasetConfig(DatasetConfig):
     """Frames per second to train at; "keep" takes a clip frame by frame. Default: the model's rate."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        _check_source(self)
+        _check_dataset(self)
         floored = tuple(sorted({floor_to_latent_frames(frames) for frames in self.target_frames}))
         if not floored or self.target_frames != floored:
             raise ConfigError(f"{self.where}: target_frames must be rising numbers 4k + 1, got {self.target_frames}")
@@ -119,3 +129,208 @@ def comparable_path(path: str) -> str:
     if os.name != "nt" and (re.match(r"[A-Za-z]:", path) or "\\" in path):
         return ntpath.normpath(path).casefold()
     return os.path.normcase(Path(path).resolve())
+
+
+GENERAL_KEYS = ("resolution", "caption_extension", "batch_size", "num_repeats", "enable_bucket", "bucket_no_upscale")
+"""Keys that `[general]` may hold."""
+_EXTRACTION_KEYS = {"frame_stride": "slide", "frame_sample": "uniform", "max_frames": "full"}
+"""Keys that only one frame_extraction reads."""
+
+
+def dataset_kinds(cls: type[DatasetConfig]) -> dict[str, Kind]:
+    """The TOML keys of a kind of dataset."""
+    return {setting.name: setting.kind for setting in settings_of(cls) if setting.name != "where"}
+
+
+def read_datasets(path: Path) -> DatasetsConfig:
+    """A dataset TOML (or JSON) file. Raises `ConfigError` listing everything that is wrong with it."""
+    file = read_table(path)
+    problems = Problems()
+    entries = _tables(file, problems)
+    general = _Table(file, "general", 1, file.data.get("general", {}), problems)
+    defaults = general.read(GENERAL_KEYS) if isinstance(general.entry, dict) else {}
+    tables = [_Table(file, "datasets", number, entry, problems) for number, entry in enumerate(entries, 1)]
+    datasets = [_dataset(table, defaults) for table in tables]
+    found = tuple(dataset for dataset in datasets if dataset is not None)
+    _check_cache_directories(found, problems)
+    problems.raise_all()
+    return DatasetsConfig(path=path, datasets=found)
+
+
+def _tables(file: TableFile, problems: Problems) -> list[dict[str, Any]]:
+    """The entries of `[[datasets]]`; adds what is wrong with the top level."""
+    known = {*dataset_kinds(ImageDatasetConfig), *dataset_kinds(VideoDatasetConfig), *ANSWERED_KEYS}
+    for key in [key for key in file.data if key not in ("general", "datasets")]:
+        belongs = "[general] or [[datasets]]" if key in GENERAL_KEYS else "[[datasets]]"
+        what = f"belongs in {belongs}" if key in known else "unknown" + did_you_mean(key, ("general", "datasets"))
+        problems.add(f"{file.where(key)}: {key}: {what}")
+    if not isinstance(file.data.get("general", {}), dict):
+        problems.add(f"{file.path.name}: write [general] with single brackets; there is one")
+    entries = file.data.get("datasets", [])
+    if isinstance(entries, dict):
+        problems.add(f"{file.path.name}: write [[datasets]] with double brackets; there may be several")
+        return []
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        problems.add(f"{file.path.name}: datasets must be tables, each under [[datasets]]")
+        return []
+    if not entries:
+        problems.add(f"{file.path.name}: there is no [[datasets]]; add one for each folder of pictures or clips")
+    return entries
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """One table of the file while it is read."""
+
+    file: TableFile
+    name: str
+    number: int
+    entry: dict[str, Any]
+    problems: Problems
+
+    @property
+    def title(self) -> str:
+        return "[general]" if self.name == "general" else f"[[datasets]] {self.number}"
+
+    @property
+    def where(self) -> str:
+        return f"{self.file.path.name}: {self.title}"
+
+    def place(self, key: str) -> str:
+        return f"{self.file.where(key, self.name, self.number)}: {self.title}: {key}"
+
+    def read(self, keys: tuple[str, ...], cls: type[DatasetConfig] | None = None) -> dict[str, Any]:
+        """Those of `keys` that the table gives, typed; every other key is a problem or answered."""
+        kinds = dataset_kinds(cls or ImageDatasetConfig)
+        values: dict[str, Any] = {}
+        for key, value in self.entry.items():
+            if key in keys:
+                try:
+                    values[key] = kinds[key].from_value([value] * 2 if _is_side(key, value) else value)
+                except ValueError as error:
+                    self.problems.add(f"{self.place(key)} {error}")
+            elif key in ANSWERED_KEYS and not ANSWERED_KEYS[key].refused:
+                say_once(f"{self.place(key)}: {ANSWERED_KEYS[key].sentence}")
+            else:
+                self.problems.add(f"{self.place(key)}: {self._explain(key, keys, cls)}")
+        return values
+
+    def _explain(self, key: str, keys: tuple[str, ...], cls: type[DatasetConfig] | None) -> str:
+        if key in ANSWERED_KEYS:
+            return ANSWERED_KEYS[key].sentence
+        images, videos = dataset_kinds(ImageDatasetConfig), dataset_kinds(VideoDatasetConfig)
+        if key in images or key in videos:
+            if cls is None:
+                return "belongs in [[datasets]], not in [general]"
+            source = next(source for source in source_keys(cls) if source in self.entry)
+            return f"is a key of {_home(key)}, and this table has {source}"
+        near = nearest(key, keys) or nearest(key, (*images, *videos))
+        if near is None:
+            return "unknown key"
+        return f"unknown key (did you mean {near!r}{'' if near in keys else f', a key of {_home(near)}'}?)"
+
+
+def _home(key: str) -> str:
+    """Where a key that is out of place belongs."""
+    images, videos = dataset_kinds(ImageDatasetConfig), dataset_kinds(VideoDatasetConfig)
+    if key in images and key in videos:
+        return "[[datasets]]"
+    return "video datasets" if key in videos else "image datasets"
+
+
+def _is_side(key: str, value: Any) -> bool:
+    return key == "resolution" and isinstance(value, int) and not isinstance(value, bool)
+
+
+def _dataset(table: _Table, defaults: dict[str, Any]) -> DatasetConfig | None:
+    """The config of one table, or None if it has problems (which are added)."""
+    cls = _kind_of_table(table)
+    if cls is None:
+        return None
+    before = len(table.problems.messages)
+    given = table.read(tuple(dataset_kinds(cls)), cls)
+    directory, jsonl = source_keys(cls)
+    values = {**defaults, **given}
+    if directory in given:
+        values.setdefault("cache_directory", given[directory])
+        if "caption_extension" not in values:
+            say_once(f"{table.file.path.name}: no caption_extension given; captions are read from .txt files")
+    elif jsonl in given and "cache_directory" not in table.entry:
+        table.problems.add(f"{table.where}: {jsonl} needs a cache_directory")
+    if len(table.problems.messages) > before:
+        return None
+    with table.problems.collect():
+        values = _settled(values, given, table.where, cls)
+        return cls(where=table.where, **values)
+    return None
+
+
+def _kind_of_table(table: _Table) -> type[DatasetConfig] | None:
+    kinds = (ImageDatasetConfig, VideoDatasetConfig)
+    found = [cls for cls in kinds if any(key in table.entry for key in source_keys(cls))]
+    if len(found) == 1:
+        return found[0]
+    sources = [key for cls in kinds for key in source_keys(cls)]
+    if found:
+        given = " and ".join(key for key in sources if key in table.entry)
+        table.problems.add(f"{table.where}: has {given}; give pictures and clips a [[datasets]] each")
+        return None
+    close = [key for key in table.entry if nearest(key, sources) and key not in dataset_kinds(VideoDatasetConfig)]
+    hint = "; " + ", ".join(f"{key!r}{did_you_mean(key, sources)}" for key in close) if close else ""
+    table.problems.add(f"{table.where}: has no source; give one of {', '.join(sources)}{hint}")
+    return None
+
+
+def _settled(values: dict[str, Any], given: dict[str, Any], where: str, cls: type[DatasetConfig]) -> dict[str, Any]:
+    """`values` with what the model's grid asks for; every change and every key without effect is said."""
+    settled = dict(values)
+    if not settled.get("enable_bucket", False):
+        settled["resolution"] = _floored_resolution(values.get("resolution", (960, 544)), where)
+        if settled.get("bucket_no_upscale"):
+            say_once(f"{where}: bucket_no_upscale changes nothing without enable_bucket = true")
+    return _settled_frames(settled, given, where) if cls is VideoDatasetConfig else settled
+
+
+def _floored_resolution(resolution: tuple[int, int], where: str) -> tuple[int, int]:
+    width, height = (floor_to_size_step(side) for side in resolution)
+    if (width, height) != resolution:
+        old = "x".join(map(str, resolution))
+        say_once(f"{where}: resolution {old} becomes {width}x{height}: sides must be multiples of 16")
+    return width, height
+
+
+def _settled_frames(values: dict[str, Any], given: dict[str, Any], where: str) -> dict[str, Any]:
+    settled = dict(values)
+    extraction = values.get("frame_extraction", "head")
+    for key, reader in _EXTRACTION_KEYS.items():
+        if key in given and extraction != reader:
+            say_once(f"{where}: {key} changes nothing with frame_extraction = {extraction!r}; {reader!r} reads it")
+    if extraction == "full":
+        if "target_frames" in given:
+            say_once(f"{where}: target_frames changes nothing with frame_extraction = 'full'; max_frames limits it")
+            del settled["target_frames"]
+        return settled
+    if extraction == "uniform" and values.get("frame_sample", 1) == 1:
+        say_once(f"{where}: frame_extraction = 'uniform' with one frame_sample is the same as 'head'")
+        settled["frame_extraction"] = "head"
+    if "target_frames" not in given:
+        say_once(f"{where}: no target_frames given; one frame of each clip is used")
+        return settled
+    if not values["target_frames"]:
+        raise ConfigError(f"{where}: target_frames must name at least one length")
+    settled["target_frames"] = tuple(sorted({floor_to_latent_frames(frames) for frames in values["target_frames"]}))
+    if settled["target_frames"] != values["target_frames"]:
+        old, new = list(values["target_frames"]), list(settled["target_frames"])
+        say_once(f"{where}: target_frames {old} becomes {new}: lengths are 4k + 1, each once, rising")
+    return settled
+
+
+def _check_cache_directories(datasets: tuple[DatasetConfig, ...], problems: Problems) -> None:
+    users: dict[str, list[DatasetConfig]] = defaultdict(list)
+    for dataset in datasets:
+        users[comparable_path(str(dataset.cache_directory))].append(dataset)
+    for sharing in users.values():
+        if len(sharing) > 1:
+            tables = " and ".join(dataset.where.partition(": ")[2] for dataset in sharing)
+            file = sharing[0].where.partition(": ")[0]
+            problems.add(f"{file}: {tables} share the cache_directory {sharing[0].cache_directory}; give each its own")

@@ -15,12 +15,11 @@ import re
 import textwrap
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from wanlora.config.values import ratio_or_steps
 from wanlora.foundation.errors import Problems, did_you_mean
 
-C = TypeVar("C")
 _NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
 
 
@@ -246,6 +245,12 @@ def settings_of(cls: type) -> tuple[Setting, ...]:
     return _SETTINGS[cls]
 
 
+def groups_of(cls: type) -> dict[str, type]:
+    """The fields of a config dataclass that are config dataclasses themselves."""
+    hints: dict[str, type] = get_type_hints(cls)
+    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+
+
 def check_fields(config: Any) -> None:
     """Every field holds a value of its declared kind. Raises `ConfigError` naming all that do not."""
     problems = Problems()
@@ -335,9 +340,3 @@ def _field_docstrings(cls: type) -> dict[str, str]:
                         case ast.Expr(value=ast.Constant(value=str(words))):
                             found[field.target.id] = " ".join(words.split())
     return found
-
-
-def build(cls: type[C], values: dict[str, Any]) -> C:
-    """An instance from those of `values` that are fields of `cls`."""
-    names = {setting.name for setting in settings_of(cls)}
-    return cls(**{name: value for name, value in values.items() if name in names})

@@ -204,7 +204,7 @@ class TimestepConfig(Checked):
         check_fields(self)
         low, high = self.min_timestep or 0, 1000 if self.max_timestep is None else self.max_timestep
         if low >= high:
-            raise ConfigError(f"min_timestep must be below max_timestep, got {low} and {high}")
+            raise ConfigError(f"--min_timestep must be below --max_timestep, got {low} and {high}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

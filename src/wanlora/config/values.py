@@ -34,6 +34,13 @@ def parse_key_values(items: Iterable[str], where: str) -> dict[str, Any]:
     `where` is the flag, for messages. Raises `ConfigError` listing every item that is not `key=value`.
     """
     problems = Problems()
+    parsed = read_key_values(items, where, problems)
+    problems.raise_all()
+    return parsed
+
+
+def read_key_values(items: Iterable[str], where: str, problems: Problems) -> dict[str, Any]:
+    """The same; what is wrong is added to `problems`."""
     parsed: dict[str, Any] = {}
     for item in items:
         key, equals, text = (part.strip() for part in item.partition("="))
@@ -44,7 +51,6 @@ def parse_key_values(items: Iterable[str], where: str) -> dict[str, Any]:
         else:
             with problems.collect():
                 parsed[key] = _literal(text, f"{where}: {item!r}")
-    problems.raise_all()
     return parsed
 
 
@@ -87,10 +93,17 @@ _NETWORK_KEYS = (*NetworkArgs.__dataclass_fields__, *_NO_CONV)
 
 def parse_network_args(items: Iterable[str]) -> NetworkArgs:
     """`--network_args` read and checked. Raises `ConfigError` listing every unknown key and every bad value."""
-    where = "--network_args"
     problems = Problems()
+    parsed = read_network_args(items, problems)
+    problems.raise_all()
+    return parsed
+
+
+def read_network_args(items: Iterable[str], problems: Problems) -> NetworkArgs:
+    """The same; what is wrong is added to `problems`."""
+    where = "--network_args"
     values: dict[str, Any] = {}
-    for key, value in parse_key_values(items, where).items():
+    for key, value in read_key_values(items, where, problems).items():
         if key not in _NETWORK_KEYS:
             known = ", ".join(_NETWORK_KEYS)
             problems.add(f"{where}: unknown key {key!r}{did_you_mean(key, _NETWORK_KEYS)}; known: {known}")
@@ -99,7 +112,6 @@ def parse_network_args(items: Iterable[str]) -> NetworkArgs:
         else:
             with problems.collect():
                 values[key] = _network_value(key, value)
-    problems.raise_all()
     return NetworkArgs(**values)
 
 

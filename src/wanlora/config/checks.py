@@ -1,0 +1,242 @@
+"""Flags that do not go together: missing ones, contradictions, and those that change nothing.
+
+What cannot be is a problem; what merely has no effect, or was decided by a default that differs from musubi's, is said.
+`given` are the names of the flags that the user gave.
+"""
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from wanlora.config.caching import LatentCacheConfig, TextCacheConfig
+from wanlora.config.fields import groups_of, settings_of
+from wanlora.config.train import TrainConfig
+from wanlora.config.values import read_key_values, read_network_args
+from wanlora.foundation.errors import Problems, did_you_mean
+from wanlora.foundation.files import is_portable_name
+from wanlora.foundation.log import say_once
+
+Given = Collection[str]
+
+_REQUIRED = {
+    "dataset_config": "the dataset TOML, for example --dataset_config style.toml",
+    "dit": "the Wan model, for example --dit wan2.1_t2v_14B_bf16.safetensors",
+    "output_dir": "the folder for the LoRA, for example --output_dir output",
+    "output_name": "the name of the LoRA, for example --output_name style_v01",
+    "network_module": "type --network_module networks.lora_wan",
+    "vae": "the Wan VAE, for example --vae wan_2.1_vae.safetensors",
+    "t5": "the text encoder, for example --t5 models_t5_umt5-xxl-enc-bf16.pth",
+}
+_BELL = ("sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "krea2_shift", "qinglong_flux", "qinglong_qwen")
+_SAMPLING_OPTIONS = {
+    "discrete_flow_shift": ("sigma", "shift"),
+    "sigmoid_scale": _BELL,
+    "logit_mean": ("sigma", "logsnr", "qinglong_flux"),
+    "logit_std": ("sigma", "logsnr", "qinglong_flux"),
+    "mode_scale": ("sigma",),
+}
+"""Timestep options, and the samplers that read them."""
+_WEIGHTING_OPTIONS = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
+"""What sigma reads only with one weighting_scheme."""
+_SCHEDULER_OPTIONS = {
+    "lr_scheduler_num_cycles": ("cosine_with_restarts",),
+    "lr_scheduler_power": ("polynomial",),
+    "lr_scheduler_timescale": ("inverse_sqrt",),
+    "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "warmup_stable_decay", "rex"),
+    "lr_decay_steps": ("warmup_stable_decay",),
+}
+"""Schedule options, and the schedules that read them."""
+
+
+def check_latent_cache(config: LatentCacheConfig, given: Given, problems: Problems) -> None:
+    """Flags of wan_cache_latents.py."""
+    _require(config, ("dataset_config",), given, problems)
+    if config.debug_mode is None:
+        _without_effect(given, ("console_width", "console_num_images"), "without --debug_mode")
+        if not config.dry_run:
+            _require(config, ("vae",), given, problems)
+
+
+def check_text_cache(config: TextCacheConfig, given: Given, problems: Problems) -> None:
+    """Flags of wan_cache_text_encoder_outputs.py."""
+    _require(config, ("dataset_config",) if config.dry_run else ("dataset_config", "t5"), given, problems)
+
+
+def check_train(config: TrainConfig, given: Given, problems: Problems) -> None:
+    """Flags of wan_train_network.py."""
+    if config.run.show_timesteps is None:
+        _require(config.model, ("dit",), given, problems)
+        _require(config.saving, ("output_dir", "output_name"), given, problems)
+        _require(config.network, ("network_module",), given, problems)
+    _require(config.run, ("dataset_config",), given, problems)
+    for check in (_run, _attention, _optimizer, _schedule, _timesteps, _network, _saving, _previews, _logging, _memory):
+        check(config, given, problems)
+
+
+def check_paths(config: Any) -> None:
+    """Every file that the config names exists. Raises `ConfigError` listing those that do not."""
+    problems = Problems()
+    for name, path in _input_paths(config):
+        if not path.exists():
+            near = (
+                did_you_mean(path.name, [file.name for file in path.parent.glob("*")]) if path.parent.is_dir() else ""
+            )
+            where = "" if path.parent.is_dir() else f"; its folder {path.parent} does not exist either"
+            problems.add(f"--{name}: there is no {path}{near}{where}")
+    problems.raise_all()
+
+
+def _about_missing(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; its folder {path.parent} does not exist either"
+    return did_you_mean(path.name, [file.name for file in path.parent.iterdir()])
+
+
+def _input_paths(config: Any) -> Iterator[tuple[str, Path]]:
+    groups = [getattr(config, name) for name in groups_of(type(config))]
+    for group in groups or [config]:
+        for setting in settings_of(type(group)):
+            value = getattr(group, setting.name)
+            if setting.kind.input_path and value is not None:
+                yield from ((setting.name, path) for path in (value if setting.kind.many else (value,)))
+
+
+def _require(config: Any, names: tuple[str, ...], given: Given, problems: Problems) -> None:
+    for name in names:
+        if not getattr(config, name) and name not in given:
+            problems.add(f"--{name} is missing: {_REQUIRED[name]}")
+
+
+def _without_effect(given: Given, names: Collection[str], when: str) -> None:
+    for name in names:
+        if name in given:
+            say_once(f"--{name} changes nothing {when}")
+
+
+def _run(config: TrainConfig, given: Given, problems: Problems) -> None:
+    run = config.run
+    if run.persistent_data_loader_workers and run.max_data_loader_n_workers == 0:
+        problems.add("--persistent_data_loader_workers needs --max_data_loader_n_workers of at least 1")
+    if run.max_train_epochs is not None:
+        _without_effect(given, ("max_train_steps",), "with --max_train_epochs, which decides the length")
+
+
+def _attention(config: TrainConfig, given: Given, problems: Problems) -> None:
+    attention = config.attention
+    named = [name for name in ("sdpa", "flash_attn", "xformers", "flash3") if getattr(attention, name)]
+    if not named:
+        say_once("no attention kernel is named: --sdpa is used")
+    elif len(named) > 1:
+        also = ", ".join(f"--{name}" for name in named)
+        say_once(f"{also} name several attention kernels: --{named[0]} is used")
+    if attention.sage_attn:
+        say_once("--sage_attn serves previews only, because it has no backward pass")
+
+
+def _optimizer(config: TrainConfig, given: Given, problems: Problems) -> None:
+    if "optimizer_type" not in given:
+        say_once(f"no --optimizer_type is given: {config.optimizer.optimizer_type} is used")
+    read_key_values(config.optimizer.optimizer_args, "--optimizer_args", problems)
+
+
+def _schedule(config: TrainConfig, given: Given, problems: Problems) -> None:
+    schedule = config.schedule
+    read_key_values(schedule.lr_scheduler_args, "--lr_scheduler_args", problems)
+    if schedule.lr_scheduler_type is not None:
+        options = ("lr_scheduler", "lr_warmup_steps", *_SCHEDULER_OPTIONS)
+        _without_effect(given, options, "with --lr_scheduler_type, which gets --lr_scheduler_args only")
+        return
+    if schedule.lr_scheduler == "constant" and schedule.lr_warmup_steps:
+        problems.add(
+            "--lr_warmup_steps has no meaning for --lr_scheduler constant: type --lr_scheduler constant_with_warmup, "
+            "or remove the warmup"
+        )
+    for name, schedulers in _SCHEDULER_OPTIONS.items():
+        if schedule.lr_scheduler not in schedulers:
+            _without_effect(given, (name,), f"with --lr_scheduler {schedule.lr_scheduler}")
+    _without_effect(given, ("lr_scheduler_args",), "without --lr_scheduler_type")
+
+
+def _timesteps(config: TrainConfig, given: Given, problems: Problems) -> None:
+    timesteps = config.timesteps
+    sampling, weighting = timesteps.timestep_sampling, timesteps.weighting_scheme
+    for name, samplers in _SAMPLING_OPTIONS.items():
+        if sampling not in samplers:
+            _without_effect(given, (name,), f"with --timestep_sampling {sampling}")
+        elif sampling == "sigma" and _WEIGHTING_OPTIONS.get(name, weighting) != weighting:
+            _without_effect(given, (name,), f"with --weighting_scheme {weighting}")
+    if sampling != "sigma" and weighting in ("logit_normal", "mode"):
+        say_once(f"--weighting_scheme {weighting} changes nothing with --timestep_sampling {sampling}; sigma reads it")
+    if timesteps.min_timestep is None and timesteps.max_timestep is None:
+        _without_effect(given, ("preserve_distribution_shape",), "without --min_timestep or --max_timestep")
+
+
+def _network(config: TrainConfig, given: Given, problems: Problems) -> None:
+    network = config.network
+    read_network_args(network.network_args, problems)
+    if network.dim_from_weights and network.network_weights is None:
+        problems.add("--dim_from_weights needs --network_weights, the LoRA file to take the rank from")
+    elif network.dim_from_weights:
+        _without_effect(given, ("network_dim", "network_alpha"), "with --dim_from_weights")
+    weights, multipliers = len(network.base_weights), len(network.base_weights_multiplier)
+    if multipliers > weights:
+        problems.add(f"--base_weights_multiplier has {multipliers} values for {weights} --base_weights")
+    elif multipliers < weights:
+        say_once(f"--base_weights: the last {weights - multipliers} without a multiplier are merged at strength 1")
+
+
+def _saving(config: TrainConfig, given: Given, problems: Problems) -> None:
+    saving = config.saving
+    if saving.output_name is not None and not is_portable_name(saving.output_name):
+        problems.add(
+            f"--output_name {saving.output_name!r} is no file name; letters, digits, - and _ are safe, folders belong "
+            "in --output_dir"
+        )
+    for unit in ("epochs", "steps"):
+        last = (f"save_last_n_{unit}", f"save_last_n_{unit}_state")
+        if getattr(saving, f"save_every_n_{unit}") is None:
+            _without_effect(given, last, f"without --save_every_n_{unit}")
+        elif not saving.save_state:
+            _without_effect(given, last[1:], "without --save_state")
+
+
+def _previews(config: TrainConfig, given: Given, problems: Problems) -> None:
+    previews = config.previews
+    wanted = [name for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first") if name in given]
+    wanted = [name for name in wanted if getattr(previews, name)]
+    if previews.sample_prompts is None:
+        if wanted and "sample_prompts" not in given:
+            flags = " and ".join(f"--{name}" for name in wanted)
+            problems.add(f"{flags}: previews need prompts; add --sample_prompts sampling.txt, or remove the flag")
+        return
+    if not wanted:
+        say_once("--sample_prompts makes no previews without --sample_every_n_epochs, _n_steps or --sample_at_first")
+        return
+    for name in ("vae", "t5"):
+        if getattr(config.model, name) is None and name not in given:
+            problems.add(f"previews need --{name}: {_REQUIRED[name]}")
+
+
+def _logging(config: TrainConfig, given: Given, problems: Problems) -> None:
+    logging = config.logging
+    if logging.log_with in ("tensorboard", "all") and logging.logging_dir is None and "logging_dir" not in given:
+        problems.add(f"--log_with {logging.log_with} needs a folder, for example --logging_dir logs")
+    if logging.log_with is None and logging.logging_dir is None:
+        names = ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config")
+        _without_effect(given, names, "without --logging_dir or --log_with")
+    if logging.log_with not in ("wandb", "all"):
+        _without_effect(given, ("wandb_run_name", "wandb_api_key"), "without --log_with wandb")
+
+
+def _memory(config: TrainConfig, given: Given, problems: Problems) -> None:
+    memory = config.memory
+    if memory.fp8_scaled and not memory.fp8_base:
+        say_once("--fp8_scaled implies --fp8_base")
+    if not memory.blocks_to_swap:
+        names = ("use_pinned_memory_for_block_swap", "block_swap_h2d_only", "block_swap_ring_size")
+        _without_effect(given, names, "without --blocks_to_swap")
+    if not memory.gradient_checkpointing:
+        _without_effect(given, ("gradient_checkpointing_cpu_offload",), "without --gradient_checkpointing")
+    if memory.compile is False:
+        options = ("backend", "mode", "dynamic", "fullgraph", "cache_size_limit")
+        _without_effect(given, [f"compile_{option}" for option in options], "with --no_compile")
