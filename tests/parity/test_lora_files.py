@@ -1,7 +1,7 @@
 """Our LoRA files in Diffusers: its own loader makes of them what we trained.
 
-The same tiny transformer is built here and in Diffusers from the same weights; ours gets adapters that are saved, theirs
-loads the file through `WanPipeline.load_lora_weights`. The change of the output must be the same.
+The same tiny transformer is built here and in Diffusers from the same weights; ours gets adapters that are saved,
+theirs loads the file through `WanPipeline.load_lora_weights`. The change of the output must be the same.
 """
 
 from pathlib import Path

@@ -151,6 +151,12 @@ def test_senseless_sizes_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_a_compiled_layer_is_one_graph_and_gives_the_same() -> None:
-    adapter, x = with_effect(layer(dropout=0.0)), samples(2, 3, 6)
+    adapter, x = with_effect(layer(scale=0.5, dropout=0.5, rank_dropout=0.5, module_dropout=0.5)), samples(2, 3, 6)
     compiled = torch.compile(adapter, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(x), adapter(x))
+    outs = []
+    for call in (compiled, adapter):
+        torch.manual_seed(1)
+        outs.append(torch.stack([call(x) for _ in range(6)]))
+    assert torch.equal(outs[0], outs[1])
+    adapter.multiplier = 0.0
+    assert torch.equal(compiled(x), adapter.base(x))
