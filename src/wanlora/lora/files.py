@@ -120,7 +120,13 @@ def save_lora(
         save_tensors(temporary, tensors, complete)
         _prove(path, read_lora(temporary, candidates(network.model)), live, dtype)
     log.info(f"saved {path} ({format}, {dtype_name(dtype)}); {len(live)}/{len(live)} modules map to the model")
-    if format == "kohya" and network.is_partial:
+    if network.is_partial:
+        warn_partial(format)
+
+
+def warn_partial(format: str) -> None:
+    """Say once where a file in this spelling that adapts only some linear layers cannot be used."""
+    if format == "kohya":
         warn_once(
             "Diffusers reads LoRAs in the kohya spelling only if all linear layers of all blocks are trained; for use "
             "there, save this selection with --save_format diffusers or comfy (ComfyUI reads all three)"

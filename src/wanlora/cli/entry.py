@@ -1,0 +1,30 @@
+"""What every command has in common: how it ends.
+
+0 done; 2 something the user can mend, in one message without a traceback (unless --debug); 130 Ctrl-C. Anything else
+is a fault of the program and shows its traceback.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from wanlora.foundation.errors import UserError
+from wanlora.foundation.log import log, setup_logging
+
+Command = Callable[[Sequence[str]], int]
+
+
+def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
+    """Run `command` on the arguments and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    setup_logging(debug=debug)
+    try:
+        return command(arguments)
+    except UserError as error:
+        if debug:
+            raise
+        log.error(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        log.error("stopped by Ctrl-C; every file written so far is whole")
+        return 130

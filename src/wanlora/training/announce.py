@@ -1,0 +1,83 @@
+"""What a run says before it starts: the data, the length, and everything that is not as a user might think."""
+
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from wanlora.config.train import TrainConfig
+from wanlora.data.checks import remarks
+from wanlora.data.report import report_lines
+from wanlora.diffusion.corrections import notices
+from wanlora.diffusion.timesteps import TimestepPlan, build_plan
+from wanlora.foundation.errors import ConfigError
+from wanlora.foundation.files import atomic_path
+from wanlora.foundation.log import log, say_once
+from wanlora.foundation.shapes import LatentShape, PixelShape
+from wanlora.lora.files import warn_partial
+from wanlora.training.prepare import Prepared
+from wanlora.training.settings import decisive_settings, differences, timestep_settings
+
+_BARS = 20
+_EXAMPLE = PixelShape(832, 480, 81)
+
+
+def announce(config: TrainConfig, prepared: Prepared) -> None:
+    """Log the data, the length of the run, and every notice about its settings."""
+    for line in (*report_lines(prepared.plan), *remarks(prepared.plan)):
+        log.info(line)
+    for shape in prepared.plan.shapes:
+        notice = prepared.timesteps.notice(LatentShape.of(shape))
+        if notice:
+            say_once(notice)
+    for notice in notices(**timestep_settings(config.timesteps)):
+        say_once(notice)
+    if prepared.partial:
+        warn_partial(config.saving.save_format)
+    if prepared.resume:
+        record = prepared.resume.record
+        done = record.position
+        log.info(
+            f"resuming {prepared.resume.folder}: {done.epoch} epochs and {done.batch} batches done, step {done.step}"
+        )
+        changed = differences(record.settings, decisive_settings(config))
+        if changed:
+            log.warning(f"the resumed run differs from the saved one: {'; '.join(changed)}")
+    run = config.run
+    length = f"{run.max_train_steps} steps" if run.max_train_epochs is None else f"{run.max_train_epochs} epochs"
+    accumulated = f", {run.gradient_accumulation_steps} batches a step" if run.gradient_accumulation_steps > 1 else ""
+    log.info(f"training {config.model.task} for {length} of {prepared.plan.num_batches} batches an epoch{accumulated}")
+
+
+def show_timesteps(config: TrainConfig) -> None:
+    """Show how often each noise level is drawn, on the console or as `<output_name>-timesteps.png`."""
+    plan = build_plan(**timestep_settings(config.timesteps))
+    shares = level_shares(plan, LatentShape.of(_EXAMPLE))
+    log.info(f"share of draws by timestep, for clips of {_EXAMPLE} (width x height x frames):")
+    widest = max(shares)
+    for number, share in enumerate(shares):
+        low, high = (number * 1000 // _BARS, (number + 1) * 1000 // _BARS)
+        log.info(f"{low:4d} to {high:4d}  {share:6.1%}  {'#' * round(50 * share / widest)}")
+    if config.run.show_timesteps == "image":
+        if config.saving.output_dir is None or config.saving.output_name is None:
+            raise ConfigError("--show_timesteps image needs --output_dir and --output_name, to know where to write it")
+        path = config.saving.output_dir / f"{config.saving.output_name}-timesteps.png"
+        draw_bars(shares, path)
+        log.info(f"saved {path}")
+
+
+def level_shares(plan: TimestepPlan, latent: LatentShape) -> list[float]:
+    """The share of draws in each of 20 equal ranges of the noise level."""
+    return [plan.share(latent, number / _BARS, (number + 1) / _BARS) for number in range(_BARS)]
+
+
+def draw_bars(shares: list[float], path: Path) -> None:
+    """A bar for each share, low noise on the left."""
+    width, height, margin = 32, 320, 24
+    picture = Image.new("RGB", (width * len(shares) + 2 * margin, height + 2 * margin), "white")
+    draw = ImageDraw.Draw(picture)
+    for number, share in enumerate(shares):
+        left, top = margin + number * width, margin + height - round(height * share / max(shares))
+        draw.rectangle((left + 2, top, left + width - 2, margin + height), fill="steelblue")
+        draw.text((left, margin + height + 4), str(number * 1000 // len(shares)), fill="black")
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format="png")

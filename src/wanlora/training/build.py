@@ -1,0 +1,169 @@
+"""Everything that is trained, put together in the one order that works.
+
+Load (merging adapters into each tensor, then quantising it), freeze, adapt, recompute, stream, compile. Merging has to
+see weights before they are quantised; adapters have to wrap layers that are already quantised; streaming has to know
+which tensors are trained and must not leave the device; compiling has to see the final modules.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wanlora.config.train import MemoryConfig, NetworkConfig, TrainConfig
+from wanlora.foundation.dtypes import dtype_name
+from wanlora.foundation.log import log, say_once
+from wanlora.foundation.random import Streams
+from wanlora.lora.files import read_lora
+from wanlora.lora.merge import MergedLoRAs
+from wanlora.lora.network import LoRANetwork, inject
+from wanlora.lora.targets import candidates
+from wanlora.memory.checkpointing import Recompute
+from wanlora.memory.compile import compile_blocks, missing_compiler
+from wanlora.memory.placement import RestingPlace, streamed_indexes
+from wanlora.memory.streaming import BlockStream
+from wanlora.models.wan.checkpoint import Install, install_parameter, load_transformer
+from wanlora.models.wan.transformer import WanTransformer
+from wanlora.quantization.installer import Fp8Installer
+from wanlora.training.engine import compute_dtype
+from wanlora.training.prepare import Prepared
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trainee:
+    """The frozen model, its adapters, and the stream that brings blocks to the card, if there is one."""
+
+    model: WanTransformer
+    network: LoRANetwork
+    stream: BlockStream | None
+    dtype: torch.dtype
+    """Number format of the matrix products."""
+
+
+def build_trainee(
+    config: TrainConfig, prepared: Prepared, device: torch.device, streams: Streams, *, quiet: bool
+) -> Trainee:
+    """Build what is trained. `quiet` hides the progress bar."""
+    dtype = compute_dtype(config.run.mixed_precision, prepared.transformer.dtypes[0], device)
+    streamed = num_streamed(config.memory, device)
+    model = _load(config, prepared, device, dtype, streamed, quiet)
+    network = _adapt(config.network, prepared, model, device, streams)
+    model.run_block = _runner(config.memory, model, streamed)
+    stream = None
+    if streamed:
+        stream = BlockStream(
+            list(model.blocks), streamed, device, config.memory.block_swap_ring_size, pin=device.type == "cuda"
+        )
+        stream.attach()
+    if wants_compile(config.memory, device):
+        _compile(config.memory, model)
+    model.train()
+    return Trainee(model=model, network=network, stream=stream, dtype=dtype)
+
+
+def num_streamed(config: MemoryConfig, device: torch.device) -> int:
+    """How many blocks are streamed on this device."""
+    wanted = config.blocks_to_swap or 0
+    if wanted and device.type != "cuda":
+        say_once(f"--blocks_to_swap {wanted}: without a CUDA card all weights are in system memory; nothing is swapped")
+        return 0
+    return wanted
+
+
+def wants_compile(config: MemoryConfig, device: torch.device) -> bool:
+    """Whether blocks are compiled: as asked, otherwise on CUDA where a compiler exists."""
+    if config.compile is False or (config.compile is None and device.type != "cuda"):
+        return False
+    missing = missing_compiler(device)
+    if missing is not None:
+        say_once(f"blocks are not compiled, which costs speed: {missing}")
+        return False
+    return True
+
+
+def _load(
+    config: TrainConfig, prepared: Prepared, device: torch.device, dtype: torch.dtype, streamed: int, quiet: bool
+) -> WanTransformer:
+    assert config.model.dit is not None
+    memory = config.memory
+    place = RestingPlace(device, streamed_indexes(prepared.transformer.sizes.num_layers, streamed))
+    fp8 = Fp8Installer(device, dtype, memory.fp8_mode, place=place) if memory.fp8_mode else None
+    merged = config.network.merged_weights
+    adjust = MergedLoRAs([path for path, _ in merged], [factor for _, factor in merged]) if merged else None
+    model = load_transformer(
+        config.model.dit,
+        config.model.task,
+        device=device,
+        dtype=dtype,
+        adjust=adjust,
+        install=fp8 or _install_at(place),
+        residual_dtype=residual_dtype(memory),
+        attention=config.attention.training_kernel,
+        progress=not quiet,
+    )
+    if adjust:
+        adjust.finish()
+    for line in fp8.summary() if fp8 else []:
+        log.info(line)
+    log.info(f"maths in {dtype_name(dtype)}, residual stream in {dtype_name(model.residual_dtype)}")
+    return model
+
+
+def _install_at(place: RestingPlace) -> Install:
+    """Full-width weights, each where it rests."""
+
+    def install(model: WanTransformer, name: str, tensor: Tensor, scale: Tensor | None) -> None:
+        rest = place(name)
+        install_parameter(model, name, tensor.to(rest), None if scale is None else scale.to(rest))
+
+    return install
+
+
+def residual_dtype(config: MemoryConfig) -> torch.dtype:
+    """The residual stream's number format; `auto` is float32."""
+    if config.residual_dtype == "bfloat16":
+        say_once("the residual stream is kept in bfloat16: less memory, and the largest rounding error of the model")
+        return torch.bfloat16
+    return torch.float32
+
+
+def _adapt(
+    config: NetworkConfig, prepared: Prepared, model: WanTransformer, device: torch.device, streams: Streams
+) -> LoRANetwork:
+    arguments = config.args
+    network = inject(
+        model,
+        prepared.targets,
+        rank=prepared.ranks or config.rank,
+        alpha=prepared.alphas or config.network_alpha,
+        generator=streams.generator("init"),
+        dropout=config.network_dropout,
+        rank_dropout=arguments.rank_dropout,
+        module_dropout=arguments.module_dropout,
+        device=device,
+    )
+    if config.network_weights is not None:
+        network.load(read_lora(config.network_weights, candidates(model)), str(config.network_weights))
+    log.info(f"LoRA on {len(network)} modules, {network.num_parameters / 1e6:.1f} million trained numbers")
+    return network
+
+
+def _runner(config: MemoryConfig, model: WanTransformer, streamed: int) -> Callable[..., Tensor]:
+    if config.gradient_checkpointing:
+        return Recompute(list(model.blocks), "all", offload=config.gradient_checkpointing_cpu_offload)
+    if streamed:
+        say_once(f"the {streamed} swapped blocks are recomputed in backward: their weights have left the card by then")
+    return Recompute(list(model.blocks), streamed_indexes(len(model.blocks), streamed))
+
+
+def _compile(config: MemoryConfig, model: WanTransformer) -> None:
+    dynamic = {"true": True, "false": False, "auto": None}[config.compile_dynamic or "true"]
+    compile_blocks(
+        model.blocks,
+        backend=config.compile_backend,
+        mode=config.compile_mode,
+        dynamic=dynamic,
+        fullgraph=config.compile_fullgraph,
+        cache_size_limit=config.compile_cache_size_limit,
+    )

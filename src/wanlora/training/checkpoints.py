@@ -1,0 +1,129 @@
+"""When LoRA files and states are written, what they are called, and which older ones give way.
+
+Names are those musubi's users know: `style-000003.safetensors` after epoch 3, `style-step00001500.safetensors` after
+step 1500, `style.safetensors` at the end; a state is a folder of the same name with `-state`. An older file is removed
+only after a newer one has been written and read back, and only if this run (or the run it resumes) wrote it.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from wanlora.config.train import SavingConfig
+from wanlora.foundation.log import log
+from wanlora.training.position import Position
+from wanlora.training.state import STATE_SUFFIX
+
+SaveModel = Callable[[Path, Position], None]
+SaveState = Callable[[Path, Position, list[str]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """One save that has fallen due."""
+
+    stem: str
+    kind: str
+    """epoch, step or end."""
+    number: int
+
+
+class Checkpoints:
+    """Saves a run as its flags say (main process only)."""
+
+    def __init__(
+        self,
+        config: SavingConfig,
+        *,
+        save_model: SaveModel,
+        save_state: SaveState,
+        total_steps: int,
+        saved: list[str] | None = None,
+    ) -> None:
+        assert config.output_dir is not None and config.output_name is not None
+        self.config = config
+        self.folder: Path = config.output_dir
+        self.name: str = config.output_name
+        self.save_model = save_model
+        self.save_state = save_state
+        self.total_steps = total_steps
+        self.saved = saved if saved is not None else []
+
+    def when_due(self, position: Position, *, epoch_ended: bool) -> None:
+        """Save what falls due at `position`; the end of the run has its own call."""
+        if position.step >= self.total_steps:
+            return
+        for due in self._due(position, epoch_ended):
+            self._write(due.stem, position, with_state=self.config.save_state)
+            self._retire(due)
+
+    def at_end(self, position: Position) -> None:
+        """Save the finished run."""
+        self._write(self.name, position, with_state=self.config.save_state or self.config.save_state_on_train_end)
+
+    def when_stopped(self, position: Position) -> Path:
+        """Save an interrupted run, state included; returns the state's folder."""
+        stem = f"{self.name}-step{position.step:08d}"
+        self._write(stem, position, with_state=True)
+        return self.folder / f"{stem}{STATE_SUFFIX}"
+
+    def _due(self, position: Position, epoch_ended: bool) -> list[Due]:
+        due = []
+        every_steps, every_epochs = self.config.save_every_n_steps, self.config.save_every_n_epochs
+        if every_steps and position.step % every_steps == 0:
+            due.append(Due(f"{self.name}-step{position.step:08d}", "step", position.step))
+        if epoch_ended and every_epochs and position.epoch % every_epochs == 0:
+            due.append(Due(f"{self.name}-{position.epoch:06d}", "epoch", position.epoch))
+        return due
+
+    def _write(self, stem: str, position: Position, *, with_state: bool) -> None:
+        path = self.folder / f"{stem}.safetensors"
+        self.save_model(path, position)
+        self._remember(path.name)
+        if with_state:
+            folder = self.folder / f"{stem}{STATE_SUFFIX}"
+            self._remember(folder.name)
+            self.save_state(folder, position, self.saved)
+            log.info(f"saved {folder}")
+
+    def _remember(self, name: str) -> None:
+        if name not in self.saved:
+            self.saved.append(name)
+
+    def _retire(self, due: Due) -> None:
+        """Remove what is older than the flags keep."""
+        config = self.config
+        if due.kind == "epoch":
+            every = config.save_every_n_epochs or 1
+            kept = _span(config.save_last_n_epochs, every)
+            kept_states = _span(config.save_last_n_epochs_state or config.save_last_n_epochs, every)
+        else:
+            kept = config.save_last_n_steps
+            kept_states = config.save_last_n_steps_state or config.save_last_n_steps
+            kept, kept_states = (None if span is None else span + 1 for span in (kept, kept_states))
+        for name in list(self.saved):
+            number = self._number(name, due.kind)
+            span = kept_states if name.endswith(STATE_SUFFIX) else kept
+            if number is not None and span is not None and number <= due.number - span:
+                self._remove(name)
+
+    def _number(self, name: str, kind: str) -> int | None:
+        """The epoch or step in a name of that kind."""
+        prefix = f"{self.name}-step" if kind == "step" else f"{self.name}-"
+        digits = name.removesuffix(STATE_SUFFIX).removesuffix(".safetensors").removeprefix(prefix)
+        return int(digits) if name.startswith(prefix) and digits.isdigit() else None
+
+    def _remove(self, name: str) -> None:
+        path = self.folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        self.saved.remove(name)
+        log.info(f"removed {path}: newer ones take its place")
+
+
+def _span(count: int | None, every: int) -> int | None:
+    """How far back the last `count` saves reach."""
+    return None if count is None else count * every

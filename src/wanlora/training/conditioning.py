@@ -1,0 +1,31 @@
+"""Text embeddings for previews: encoded once at the start, by one process, before the transformer is loaded."""
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wanlora.config.train import ModelConfig
+from wanlora.foundation.log import log
+from wanlora.models.wan.text import TextEncoder, load_tokenizer
+from wanlora.models.wan.umt5 import load_umt5
+
+
+def encode_texts(texts: Sequence[str], model: ModelConfig, device: torch.device) -> dict[str, Tensor]:
+    """The embedding [T, D] of every distinct text, on the CPU. The encoder is gone again when this returns."""
+    distinct = sorted(set(texts))
+    if not distinct:
+        return {}
+    t5: Path | None = model.t5
+    assert t5 is not None
+    log.info(f"encoding {len(distinct)} preview texts with {t5.name}")
+    tokenizer = load_tokenizer(model.tokenizer, t5, model.offline)
+    encoder = TextEncoder(load_umt5(t5, device=device, fp8=model.fp8_t5), tokenizer)
+    embeddings = {text: embedding.cpu() for text, embedding in zip(distinct, encoder.encode(distinct), strict=True)}
+    del encoder
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return embeddings

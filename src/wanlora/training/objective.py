@@ -1,0 +1,85 @@
+"""The loss of one batch: how well the model predicts the velocity from data to noise.
+
+x_t = (1 - t) x0 + t x1 with noise x1 and noise level t; the model is told 1000 t and should answer x1 - x0 (Lipman et
+al., 2210.02747). Noise and noise levels of a batch depend on the seed, the epoch and the batch's place in it, and on
+nothing else; they are drawn on the CPU, so that every device and every number of processes trains on the same numbers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wanlora.data.dataset import Batch
+from wanlora.diffusion.flow import interpolate, model_timestep, velocity
+from wanlora.diffusion.timesteps import TimestepPlan
+from wanlora.foundation.random import Streams
+from wanlora.foundation.shapes import LatentShape
+
+VelocityModel = Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor]
+"""(x_BCFHW, timestep_B, text) -> velocity_BCFHW, float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Noising:
+    """The random part of one batch, on the CPU, float32."""
+
+    noise_BCFHW: Tensor
+    t_B: Tensor
+
+
+class Noise:
+    """Which noise and noise levels each batch of each epoch gets."""
+
+    def __init__(self, streams: Streams, timesteps: TimestepPlan, *, epoch_length: int, largest_batch: int) -> None:
+        self.streams = streams
+        self.timesteps = timesteps
+        self.num_uniforms = epoch_length * largest_batch
+        self.largest_batch = largest_batch
+        self._uniforms: tuple[int, Tensor] | None = None
+
+    def __call__(self, x0_BCFHW: Tensor, epoch: int, index: int) -> Noising:
+        """The noising of batch `index` of `epoch`."""
+        noise = torch.randn(x0_BCFHW.shape, generator=self.streams.generator("noise", epoch, index))
+        num, start = x0_BCFHW.shape[0], index * self.largest_batch
+        u_B = self._uniforms_of(epoch)[start : start + num]
+        return Noising(noise, self.timesteps.draw(num, LatentShape(*x0_BCFHW.shape[2:]), u_B=u_B))
+
+    def _uniforms_of(self, epoch: int) -> Tensor:
+        """u for every sample of an epoch at once, so that buckets can spread them over the whole epoch."""
+        if self._uniforms is None or self._uniforms[0] != epoch:
+            generator = self.streams.generator("timesteps", epoch)
+            self._uniforms = (epoch, self.timesteps.uniforms(self.num_uniforms, generator))
+        return self._uniforms[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """The loss of one batch, with its graph, and the noise levels it was taken at."""
+
+    value: Tensor
+    t_B: Tensor
+
+
+class FlowObjective:
+    """Weighted mean squared error of the predicted velocity."""
+
+    def __init__(
+        self, model: VelocityModel, noise: Noise, weight: Callable[[Tensor], Tensor], device: torch.device
+    ) -> None:
+        self.model = model
+        self.noise = noise
+        self.weight = weight
+        self.device = device
+
+    def __call__(self, batch: Batch, epoch: int, index: int) -> Loss:
+        """The mean loss over batch `index` of `epoch`, float32."""
+        noising = self.noise(batch.latents_BCFHW, epoch, index)
+        x0 = batch.latents_BCFHW.to(self.device, non_blocking=True).float()
+        x1 = noising.noise_BCFHW.to(self.device, non_blocking=True)
+        t_B = noising.t_B.to(self.device, non_blocking=True)
+        text = [embedding.to(self.device, non_blocking=True) for embedding in batch.text]
+        predicted = self.model(interpolate(x0, x1, t_B), model_timestep(t_B), text)
+        errors_B = (predicted.float() - velocity(x0, x1)).square().flatten(1).mean(1)
+        return Loss((errors_B * self.weight(t_B)).mean(), noising.t_B)

@@ -1,0 +1,134 @@
+"""Optimizers by name.
+
+Three names are known by heart (adamw, adamw8bit, adafactor); any class of `torch.optim` and any dotted path to an
+optimizer class works as well. Optional packages are imported when their optimizer is asked for.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from wanlora.config.train import OptimizerConfig
+from wanlora.foundation.errors import ConfigError, did_you_mean
+from wanlora.foundation.log import say_once
+from wanlora.foundation.registry import Registry
+
+ParameterGroups = list[dict[str, Any]]
+Maker = Callable[..., Optimizer]
+
+OPTIMIZERS: Registry[Callable[[], Maker]] = Registry("optimizer_type")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerChoice:
+    """An optimizer class that can be imported, and its arguments."""
+
+    name: str
+    maker: Maker
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    constant_rate: bool = False
+    """The optimizer schedules itself; the learning rate it is given stays."""
+
+    def build(self, groups: ParameterGroups) -> Optimizer:
+        """The optimizer over `groups`. Raises `ConfigError` when it refuses its arguments."""
+        try:
+            return self.maker(groups, **self.arguments)
+        except (TypeError, ValueError) as error:
+            given = " ".join(f"{key}={value}" for key, value in self.arguments.items() if key != "lr")
+            raise ConfigError(
+                f"--optimizer_type {self.name} refuses its arguments ({error}); check --optimizer_args {given}"
+            ) from error
+
+
+@OPTIMIZERS.register("adamw")
+def _adamw() -> Maker:
+    return torch.optim.AdamW
+
+
+@OPTIMIZERS.register("adamw8bit")
+def _adamw8bit() -> Maker:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("--optimizer_type adamw8bit needs bitsandbytes: pip install bitsandbytes; or use adamw")
+    maker: Maker = importlib.import_module("bitsandbytes.optim").AdamW8bit
+    return maker
+
+
+@OPTIMIZERS.register("adafactor")
+def _adafactor() -> Maker:
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError("--optimizer_type adafactor needs transformers: pip install transformers; or use adamw8bit")
+    maker: Maker = importlib.import_module("transformers.optimization").Adafactor
+    return maker
+
+
+def choose_optimizer(config: OptimizerConfig, arguments: Mapping[str, Any]) -> OptimizerChoice:
+    """Find and import the class behind `--optimizer_type`; `arguments` are the parsed `--optimizer_args`."""
+    name = config.optimizer_type or "adamw"
+    chosen: dict[str, Any] = {"lr": config.learning_rate, **arguments}
+    if name.lower() in OPTIMIZERS.names:
+        maker = OPTIMIZERS.get(name.lower())()
+    else:
+        maker = _dotted(name) if "." in name else _from_torch(name)
+    constant = name.lower().endswith("schedulefree")
+    if name.lower() == "adafactor" and chosen.get("relative_step", True):
+        chosen |= {"relative_step": True, "lr": None}
+        constant = True
+        say_once(
+            "adafactor sets its own step size (relative_step); --learning_rate and --lr_scheduler have no effect. "
+            "For a fixed rate add --optimizer_args relative_step=False scale_parameter=False warmup_init=False"
+        )
+    return OptimizerChoice(name=name, maker=maker, arguments=chosen, constant_rate=constant)
+
+
+def _from_torch(name: str) -> Maker:
+    classes = {
+        attribute: value
+        for attribute, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
+    }
+    if name not in classes:
+        known = [*OPTIMIZERS.names, *classes]
+        raise ConfigError(
+            f"unknown --optimizer_type {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}, "
+            "or the dotted path of a class such as prodigyopt.Prodigy"
+        )
+    return classes[name]
+
+
+def _dotted(path: str) -> Maker:
+    module_name, _, class_name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        package = module_name.split(".")[0]
+        raise ConfigError(f"--optimizer_type {path} cannot be imported ({error}); pip install {package}?") from error
+    with suppress(AttributeError):
+        found = getattr(module, class_name)
+        if isinstance(found, type) and issubclass(found, Optimizer):
+            return found
+    raise ConfigError(f"--optimizer_type {path}: {module_name} has no optimizer class {class_name}")
+
+
+def set_mode(optimizer: Optimizer, *, training: bool) -> None:
+    """Tell optimizers that keep two sets of weights (schedule-free ones) which to show."""
+    switch = getattr(optimizer, "train" if training else "eval", None)
+    if callable(switch):
+        switch()
+
+
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """The rates to log: one per named group and, for optimizers that adapt it, the effective one."""
+    rates: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        name, rate = group["name"], group["lr"]
+        if rate is not None:
+            rates[f"lr/{name}"] = float(rate)
+            if "d" in group:
+                rates[f"lr/d*lr/{name}"] = float(group["d"]) * float(rate)
+    return rates

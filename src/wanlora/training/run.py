@@ -1,0 +1,248 @@
+"""A whole training run, from checked settings to the last file."""
+
+import os
+import secrets
+
+import torch
+from torch.optim import Optimizer
+
+from wanlora.config.train import RunConfig, TrainConfig
+from wanlora.data.loader import make_loader
+from wanlora.data.order import BatchSpec, epoch_batches
+from wanlora.diffusion.weighting import LOSS_WEIGHTINGS
+from wanlora.foundation.dtypes import parse_dtype
+from wanlora.foundation.errors import MemoryPlanError
+from wanlora.foundation.log import log
+from wanlora.foundation.random import Streams
+from wanlora.memory.measure import MemorySettings, explain_out_of_memory, is_out_of_memory, memory_figures
+from wanlora.models.wan.vae import load_vae
+from wanlora.training.after_step import AfterStep
+from wanlora.training.announce import announce, show_timesteps
+from wanlora.training.build import Trainee, build_trainee
+from wanlora.training.checkpoints import Checkpoints
+from wanlora.training.conditioning import encode_texts
+from wanlora.training.engine import Engine
+from wanlora.training.loop import Feed, Trainer
+from wanlora.training.metrics import Metrics, StepLog
+from wanlora.training.objective import FlowObjective, Noise
+from wanlora.training.optimizers import set_mode
+from wanlora.training.position import Position, steps_per_epoch
+from wanlora.training.prepare import Prepared, prepare
+from wanlora.training.previews import PreviewMaterials, Previews
+from wanlora.training.rates import ForeignRates, PureRates, Rates
+from wanlora.training.record import FileRecord
+from wanlora.training.saver import Saver, restore
+from wanlora.training.schedules import build_schedule
+from wanlora.training.settings import all_settings
+from wanlora.training.state import load_state
+from wanlora.training.step import TrainingStep
+from wanlora.training.trackers import Trackers, run_folder, wanted_trackers
+
+
+def train(config: TrainConfig) -> None:
+    """Check, build, train, save. Raises a `UserError` for everything that the user can mend."""
+    if config.run.show_timesteps is not None:
+        show_timesteps(config)
+        return
+    prepared = prepare(config)
+    announce(config, prepared)
+    if config.run.dry_run:
+        log.info("dry run: everything is in order; nothing was loaded or written")
+        return
+    folder = run_folder(config.logging)
+    engine = Engine.start(config.run, log_with=wanted_trackers(config.logging), logging_dir=folder)
+    try:
+        Run(config, prepared, engine).train()
+    finally:
+        engine.close()
+
+
+class Run:
+    """One run on one process: its parts are made in order, then the trainer takes over."""
+
+    def __init__(self, config: TrainConfig, prepared: Prepared, engine: Engine) -> None:
+        self.config = config
+        self.prepared = prepared
+        self.engine = engine
+        self.state = load_state(prepared.resume.folder) if prepared.resume else None
+        self.position = self.state.record.position if self.state else Position()
+        self.seed = self._choose_seed()
+        self.streams = Streams(self.seed)
+        self.epoch_length = prepared.plan.num_batches
+        self.batches_per_step = config.run.gradient_accumulation_steps * engine.rank.count
+        self.steps_per_epoch = steps_per_epoch(self.epoch_length, self.batches_per_step)
+        epochs = config.run.max_train_epochs
+        self.total_steps = config.run.max_train_steps if epochs is None else epochs * self.steps_per_epoch
+
+    def train(self) -> None:
+        """Build everything and train to the last step."""
+        if self.position.step >= self.total_steps:
+            log.info(f"nothing to do: {self.position.step} of {self.total_steps} steps are done")
+            return
+        set_backends(self.config.run)
+        materials = self._preview_materials()
+        trainee = build_trainee(
+            self.config, self.prepared, self.engine.device, self.streams, quiet=not self.engine.rank.is_main
+        )
+        step = self._step(trainee)
+        if self.state:
+            restore(self.state, trainee.network, step)
+        set_mode(step.optimizer, training=True)
+        trainer = self._trainer(trainee, step, materials)
+        log.info(f"steps {self.position.step + 1} to {self.total_steps}, seed {self.seed}, on {self.engine.device}")
+        try:
+            trainer.train()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryPlanError(self._explain(trainee, trainer)) from error
+
+    def _choose_seed(self) -> int:
+        """The state's, the user's, or a drawn one that all processes share."""
+        asked = self.config.run.seed
+        if self.state:
+            kept = self.state.record.seed
+            if asked not in (None, kept):
+                log.warning(f"--seed {asked}: the resumed run keeps its own seed, {kept}")
+            return kept
+        return int(self.engine.from_main(secrets.randbelow(2**31) if asked is None else asked))
+
+    def _preview_materials(self) -> PreviewMaterials:
+        """Encode the prompts and read the VAE before the transformer takes the memory."""
+        requests, model = self.prepared.requests, self.config.model
+        if not requests:
+            return PreviewMaterials(requests=(), texts={}, vae=None)
+        texts = [text for request in requests for text in request.texts]
+        main = self.engine.rank.is_main
+        encoded = self.engine.from_main(encode_texts(texts, model, self.engine.device) if main else None)
+        assert model.vae is not None
+        dtype = parse_dtype(model.vae_dtype or "float32")
+        vae = load_vae(model.vae, device=torch.device("cpu"), dtype=dtype, cache_on_cpu=model.vae_cache_cpu)
+        # A seed that the prompt leaves open was drawn by each process for itself; the main process' holds for all.
+        return PreviewMaterials(requests=self.engine.from_main(requests), texts=encoded, vae=vae)
+
+    def _step(self, trainee: Trainee) -> TrainingStep:
+        config, plan = self.config, self.prepared.plan
+        largest = max(dataset.config.batch_size for dataset in plan.datasets)
+        noise = Noise(self.streams, self.prepared.timesteps, epoch_length=self.epoch_length, largest_batch=largest)
+        weight = LOSS_WEIGHTINGS.get(config.timesteps.weighting_scheme)
+        optimizer = self._optimizer(trainee)
+        return TrainingStep(
+            objective=FlowObjective(trainee.model, noise, weight, self.engine.device),
+            parameters=trainee.network.parameters(),
+            optimizer=optimizer,
+            rates=self._rates(optimizer),
+            engine=self.engine,
+            streams=self.streams,
+            max_grad_norm=config.optimizer.max_grad_norm,
+            scaler=torch.amp.GradScaler("cuda") if trainee.dtype is torch.float16 else None,
+        )
+
+    def _optimizer(self, trainee: Trainee) -> Optimizer:
+        choice = self.prepared.optimizer
+        ratio = self.config.network.args.loraplus_lr_ratio
+        groups = trainee.network.groups(self.config.optimizer.learning_rate, ratio)
+        if choice.arguments["lr"] is None:  # the optimizer finds its own
+            groups = [{**group, "lr": None} for group in groups]
+        return choice.build(groups)
+
+    def _rates(self, optimizer: Optimizer) -> Rates:
+        schedule = self.config.schedule
+        if schedule.lr_scheduler_type is not None:
+            return ForeignRates(optimizer, schedule.lr_scheduler_type, schedule.kwargs)
+        return PureRates(
+            optimizer,
+            build_schedule(
+                schedule,
+                total=self.total_steps,
+                base_rate=self.config.optimizer.learning_rate,
+                constant_rate=self.prepared.optimizer.constant_rate,
+            ),
+        )
+
+    def _trainer(self, trainee: Trainee, step: TrainingStep, materials: PreviewMaterials) -> Trainer:
+        saving, main = self.config.saving, self.engine.rank.is_main
+        assert saving.output_dir is not None and saving.output_name is not None
+        steps_file = saving.output_dir / f"{saving.output_name}-steps.jsonl"
+        metrics = Metrics(
+            position=self.position,
+            total_steps=self.total_steps,
+            window=self.steps_per_epoch,
+            tracker=Trackers(self.engine, self.config.logging, all_settings(self.config)),
+            log=StepLog(steps_file, first_step=self.position.step) if main else None,
+            losses=self.state.record.losses if self.state else [],
+        )
+        previews = Previews(
+            self.config.previews,
+            materials,
+            trainee,
+            step.optimizer,
+            self.engine,
+            output_dir=saving.output_dir,
+            output_name=saving.output_name,
+            kernel=self.config.attention.preview_kernel,
+        )
+        return Trainer(
+            feed=self._feed(),
+            step=step,
+            after_step=AfterStep(trainee.network, self.config.network.scale_weight_norms, self.engine.device),
+            metrics=metrics,
+            previews=previews,
+            checkpoints=self._checkpoints(trainee, step, metrics) if main else None,
+            position=self.position,
+            total_steps=self.total_steps,
+        )
+
+    def _feed(self) -> Feed:
+        run = self.config.run
+        loader = make_loader(
+            self.prepared.plan,
+            num_workers=min(run.max_data_loader_n_workers, os.cpu_count() or 1),
+            persistent=run.persistent_data_loader_workers,
+            pin_memory=self.engine.device.type == "cuda",
+        )
+        return Feed(self._order, loader.use, self.engine.rank, self.batches_per_step)
+
+    def _order(self, epoch: int) -> tuple[BatchSpec, ...]:
+        return epoch_batches(self.prepared.plan, self.streams, epoch)
+
+    def _checkpoints(self, trainee: Trainee, step: TrainingStep, metrics: Metrics) -> Checkpoints:
+        describe = FileRecord(
+            self.config,
+            self.prepared,
+            seed=self.seed,
+            total_steps=self.total_steps,
+            num_parameters=trainee.network.num_parameters,
+        )
+        saver = Saver(
+            self.config, network=trainee.network, step=step, metrics=metrics, describe=describe, seed=self.seed
+        )
+        return Checkpoints(
+            self.config.saving,
+            save_model=saver.save_model,
+            save_state=saver.save_state,
+            total_steps=self.total_steps,
+            saved=list(self.state.record.saved) if self.state else [],
+        )
+
+    def _explain(self, trainee: Trainee, trainer: Trainer) -> str:
+        """What did not fit, and which setting to change."""
+        memory = self.config.memory
+        settings = MemorySettings(
+            gradient_checkpointing=memory.gradient_checkpointing,
+            offload=memory.gradient_checkpointing_cpu_offload,
+            fp8=memory.fp8_mode is not None,
+            blocks_to_swap=memory.blocks_to_swap or 0,
+            num_blocks=len(trainee.model.blocks),
+        )
+        figures = memory_figures(self.engine.device)
+        return explain_out_of_memory(figures, settings, bucket=trainer.working_on, clips=trainer.working_names)
+
+
+def set_backends(config: RunConfig) -> None:
+    """The switches of torch that a run may turn on."""
+    if config.cuda_allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if config.cuda_cudnn_benchmark:
+        torch.backends.cudnn.benchmark = True

@@ -1,0 +1,86 @@
+"""Writes the LoRA file and the state of a run."""
+
+from pathlib import Path
+
+from wanlora.config.train import TrainConfig
+from wanlora.foundation.dtypes import parse_dtype
+from wanlora.foundation.errors import CheckpointError
+from wanlora.lora.files import save_lora
+from wanlora.lora.network import LoRANetwork
+from wanlora.training.metrics import Metrics
+from wanlora.training.optimizers import set_mode
+from wanlora.training.position import Position
+from wanlora.training.record import FileRecord
+from wanlora.training.settings import decisive_settings
+from wanlora.training.state import RunRecord, SavedState, save_state
+from wanlora.training.step import TrainingStep
+
+
+class Saver:
+    """Knows every part of a run that has to reach the disk."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        network: LoRANetwork,
+        step: TrainingStep,
+        metrics: Metrics,
+        describe: FileRecord,
+        seed: int,
+    ) -> None:
+        self.config = config
+        self.network = network
+        self.step = step
+        self.metrics = metrics
+        self.describe = describe
+        self.seed = seed
+
+    def save_model(self, path: Path, position: Position) -> None:
+        """Write the LoRA file and read it back."""
+        saving = self.config.saving
+        set_mode(self.step.optimizer, training=False)
+        try:
+            save_lora(
+                path,
+                self.network,
+                format=saving.save_format,
+                dtype=parse_dtype(saving.save_precision or "float32"),
+                metadata=self.describe(position),
+            )
+        finally:
+            set_mode(self.step.optimizer, training=True)
+
+    def save_state(self, folder: Path, position: Position, saved: list[str]) -> None:
+        """Write what resuming needs."""
+        step = self.step
+        record = RunRecord(
+            position=position,
+            seed=self.seed,
+            losses=list(self.metrics.losses),
+            settings=decisive_settings(self.config),
+            saved=saved,
+        )
+        save_state(
+            folder,
+            record,
+            adapter=self.network.state_dict(),
+            optimizer=step.optimizer.state_dict(),
+            rates=step.rates.state_dict(),
+            scaler=step.scaler.state_dict() if step.scaler else {},
+        )
+
+
+def restore(state: SavedState, network: LoRANetwork, step: TrainingStep) -> None:
+    """Put everything back as it was. Raises `CheckpointError` if the state belongs to another kind of run."""
+    network.load_state_dict(state.adapter)
+    try:
+        step.optimizer.load_state_dict(state.optimizer)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{state.path} was saved with another optimizer or other parameter groups ({error}); resume with the "
+            "--optimizer_type and --network_args it was made with"
+        ) from error
+    step.rates.load_state_dict(state.rates)
+    if step.scaler and state.scaler:
+        step.scaler.load_state_dict(state.scaler)

@@ -1,0 +1,148 @@
+"""One optimizer step: forward and backward over its batches, reduction, checks, update.
+
+Losses are divided by the number of batches of the whole step over all processes, and gradients are summed over
+processes, so accumulation and processes are interchangeable. The host reads the device once per step, after backward:
+the update waits for the verdict that loss and gradient are finite, so weights that could be saved are never touched by
+a number that is none.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from wanlora.data.dataset import Batch
+from wanlora.foundation.errors import UserError
+from wanlora.foundation.random import Streams
+from wanlora.training.engine import Engine
+from wanlora.training.objective import FlowObjective
+from wanlora.training.position import Position
+from wanlora.training.rates import Rates
+
+
+class DivergedError(UserError):
+    """Loss or gradient is not a number. Nothing of this step is kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """What one step did."""
+
+    loss: float
+    """Mean over the batches of all processes."""
+    grad_norm: float
+    """Of the adapter's gradient, before clipping."""
+    names: tuple[str, ...]
+    """The items trained on, of every process."""
+    timesteps: tuple[float, ...]
+    """The noise level of every item, in the same order."""
+    skipped: bool = False
+    """float16 only: the gradient overflowed at the current loss scale, and the update was left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedBatch:
+    """A batch and its place in the epoch."""
+
+    index: int
+    batch: Batch
+
+
+class TrainingStep:
+    """Takes optimizer steps."""
+
+    def __init__(
+        self,
+        *,
+        objective: FlowObjective,
+        parameters: Sequence[torch.nn.Parameter],
+        optimizer: Optimizer,
+        rates: Rates,
+        engine: Engine,
+        streams: Streams,
+        max_grad_norm: float,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.objective = objective
+        self.parameters = parameters
+        self.optimizer = optimizer
+        self.rates = rates
+        self.engine = engine
+        self.streams = streams
+        self.max_grad_norm = max_grad_norm
+        self.scaler = scaler
+
+    def __call__(self, share: Sequence[IndexedBatch], position: Position, num_batches: int) -> StepReport:
+        """Train on this process' `share` of a step's `num_batches` batches.
+
+        Raises `DivergedError`, with the items named, if the loss or its gradient is not finite; the weights are then
+        as before.
+        """
+        total = torch.zeros((), device=self.engine.device)
+        names: list[str] = []
+        levels: list[float] = []
+        for item in share:
+            # Dropout repeats on a resumed run and does not depend on how batches are shared out.
+            torch.manual_seed(self.streams.seed("dropout", position.epoch, item.index))
+            loss = self.objective(item.batch, position.epoch, item.index)
+            scaled = loss.value / num_batches
+            (self.scaler.scale(scaled) if self.scaler else scaled).backward()
+            total += scaled.detach()
+            names += item.batch.names
+            levels += loss.t_B.tolist()
+        self.engine.sum_gradients(self.parameters)
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        norm = self._clip()
+        loss_value, norm_value = self._read(total, norm)
+        report = StepReport(
+            loss=loss_value,
+            grad_norm=norm_value,
+            names=tuple(name for part in self.engine.gather_objects(names) for name in part),
+            timesteps=tuple(t for part in self.engine.gather_objects(levels) for t in part),
+            skipped=self._overflowed(loss_value, norm_value),
+        )
+        self._refuse_non_finite(report, position)
+        self._update(position)
+        return report
+
+    def _clip(self) -> Tensor:
+        limit = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
+        return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+
+    def _read(self, total: Tensor, norm: Tensor) -> tuple[float, float]:
+        """The one look at the device: the loss over all processes, and the norm."""
+        loss_value, norm_value = torch.stack([self.engine.sum(total), norm.to(total)]).tolist()
+        return loss_value, norm_value
+
+    def _overflowed(self, loss: float, norm: float) -> bool:
+        return self.scaler is not None and is_finite(loss) and not is_finite(norm)
+
+    def _refuse_non_finite(self, report: StepReport, position: Position) -> None:
+        if report.skipped or (is_finite(report.loss) and is_finite(report.grad_norm)):
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        what = "loss" if not is_finite(report.loss) else "gradient"
+        items = ", ".join(f"{name} (t = {t:.3f})" for name, t in zip(report.names, report.timesteps, strict=True))
+        raise DivergedError(
+            f"the {what} of step {position.step + 1} is not a finite number; the step was not applied and is not "
+            f"saved. It was trained on: {items}. Look at these clips' caches (run wan_cache_latents.py again), lower "
+            "--learning_rate, and go on from the last saved state with --resume"
+        )
+
+    def _update(self, position: Position) -> None:
+        torch.manual_seed(self.streams.seed("optimizer", position.step))  # some optimizers round stochastically
+        self.rates.before(position.step)
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def is_finite(value: float) -> bool:
+    """Neither infinite nor not-a-number."""
+    return abs(value) < float("inf")
