@@ -5,7 +5,7 @@ to fp8 codes afterwards would give noise. Names in the files are looked up from 
 so no model has to exist yet. `finish` then refuses files of which a part was never used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -51,6 +51,14 @@ class MergedLoRAs:
                 tensor = tensor.float() + multiplier * delta
                 used.add(key)
         return tensor
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise `CheckpointError` if a file names modules that have none of these tensors: before anything is loaded."""
+        modules = {name.rpartition(".")[0] for name in names}
+        spelled = {spelling for module in modules for spelling in spellings_of(module)}
+        for file in self.files:
+            changed = {**{key: key for key in file.loras}, **{key: key.rpartition(".")[0] for key in file.differences}}
+            require_known(file.path, [key for key, module in changed.items() if module not in spelled], modules)
 
     def finish(self) -> None:
         """Say what was merged. Raises `CheckpointError` naming what is left of a file after the whole model went by."""
