@@ -53,7 +53,7 @@ class MergedLoRAs:
         return tensor
 
     def check(self, names: Iterable[str]) -> None:
-        """Raise `CheckpointError` if a file names modules that have none of these tensors: before anything is loaded."""
+        """Raise `CheckpointError` if a file changes modules that are not among those of these tensors."""
         modules = {name.rpartition(".")[0] for name in names}
         spelled = {spelling for module in modules for spelling in spellings_of(module)}
         for file in self.files:
