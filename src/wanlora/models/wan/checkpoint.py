@@ -23,6 +23,7 @@ from wanlora.foundation.log import say_once
 from wanlora.foundation.tensor_files import TensorSource, open_tensors
 from wanlora.models.wan.detect import FAMILIES, check_fits_task, family_of
 from wanlora.models.wan.keys import diffusers_to_official, find_prefix
+from wanlora.models.wan.layers import Float32Linear
 from wanlora.models.wan.recognise import describe
 from wanlora.models.wan.scaled import FP8_DTYPES, dequantise
 from wanlora.models.wan.spec import TASKS, WanSizes
@@ -104,13 +105,14 @@ def check_task(file: TransformerFile, task: str) -> None:
 def install_parameter(model: WanTransformer, name: str, tensor: Tensor, scale: Tensor | None) -> None:
     """Make `tensor` the parameter `name`, where it is, in the dtype that the parameter is declared in.
 
-    A scale is multiplied in. Matrices that are declared float32 stay in 16 bits if the file has them so: they are
+    A scale is multiplied in. The matrices of the float32 islands stay in 16 bits if the file has them so: they are
     widened where they are used, without loss, and in a 14B model that saves 0.4 GB.
     """
     if scale is not None:
         tensor = _scaled(name, tensor, scale)
     dtype = model.get_parameter(name).dtype
-    if dtype == torch.float32 and tensor.ndim == 2 and tensor.dtype in (torch.bfloat16, torch.float16):
+    island = isinstance(model.get_submodule(name.rpartition(".")[0]), Float32Linear)
+    if island and tensor.ndim == 2 and tensor.dtype in (torch.bfloat16, torch.float16):
         dtype = tensor.dtype
     put(model, name, tensor.to(dtype, copy=True))  # a copy: what was read may be a window into the file
 
@@ -215,6 +217,8 @@ def _scaled(name: str, weight: Tensor, scale: Tensor) -> Tensor:
     if weight.ndim == scale.ndim == 2 and len(weight) % len(scale) == 0:
         scale = scale.repeat_interleave(len(weight) // len(scale), dim=0)
     try:
+        if scale.ndim > 2 and scale.shape[2:] != (1,):
+            raise ValueError(f"a scale of shape {tuple(scale.shape)} is of no known kind")
         return dequantise(weight, scale.float())
     except ValueError as error:
         raise CheckpointError(f"{name} cannot be scaled: {error}; use another version of the model") from error
