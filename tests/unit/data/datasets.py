@@ -1,5 +1,7 @@
 """Dataset tables without a file, and caches with made-up content."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +45,11 @@ def fill_caches(plan: DataPlan) -> None:
         stamp = item.stamp(vae="vae", vae_dtype="float32")
         write_latents(item.latent_path, latents_for(item, number), stamp, source_fingerprint(item.source.path))
         write_text(item.text_path, torch.full((3, 8), number), caption=item.source.caption or "", t5="t5")
+
+
+def rows_table(path: Path, cache: Path, rows: Sequence[tuple[Path, str]], **keys: Any) -> VideoDatasetConfig:
+    """A `[[datasets]]` of clips listed in a JSONL file, which is written."""
+    lines = [json.dumps({"video_path": str(clip), "caption": caption}) for clip, caption in rows]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    given = {"resolution": RESOLUTION, "where": "style.toml: [[datasets]] 1", **keys}
+    return VideoDatasetConfig(video_jsonl_file=path, cache_directory=cache, **given)
