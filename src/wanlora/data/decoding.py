@@ -71,7 +71,7 @@ def decode(path: Path, requests: Sequence[FrameRequest], info: VideoInfo) -> Ite
             return
     raise DataError(
         f"{path} ends after {index + 1} of {info.num_frames} frames: it is damaged or was changed; "
-        "replace it or take it out of the dataset"
+        "replace it, re-encode it or take it out of the dataset"
     )
 
 

@@ -65,12 +65,14 @@ class Shortfall:
     source: Path
     frames: int
     """Frames to cut windows from, after resampling."""
+    frames_in_file: int
     asked: int
     got: int
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.source.name}: {self.frames} frames, {self.got} of {self.asked} windows: {self.reason}"
+        resampled = f" after resampling {self.frames_in_file}" if self.frames != self.frames_in_file else ""
+        return f"{self.source.name}: {self.frames} frames{resampled}, {self.got} of {self.asked} windows: {self.reason}"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -128,7 +130,14 @@ def cut_source(cut: Cut, config: DatasetConfig, dataset: int, source: Source, in
     lack = extraction.shortfall(num_frames)
     if lack is not None:
         cut.shortfalls.append(
-            Shortfall(source=source.path, frames=num_frames, asked=lack.asked, got=lack.got, reason=lack.reason)
+            Shortfall(
+                source=source.path,
+                frames=num_frames,
+                frames_in_file=info.num_frames,
+                asked=lack.asked,
+                got=lack.got,
+                reason=lack.reason,
+            )
         )
 
 

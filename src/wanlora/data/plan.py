@@ -173,7 +173,11 @@ def _plan(
 
 
 def _notes(cut: Cut) -> list[str]:
-    return [f"{len(names)} x {text}: {some(names)}" for text, names in cut.notes.items()]
+    return [f"{_clips(len(names))} ({some(names)}): {text}" for text, names in cut.notes.items()]
+
+
+def _clips(count: int) -> str:
+    return "1 clip" if count == 1 else f"{count} clips"
 
 
 def _nothing(config: DatasetConfig, cut: Cut) -> str:

@@ -123,12 +123,17 @@ def _read_packets(container: Any, stream: Any, path: Path) -> _Packets:
         if packet.size == 0 and packet.dts is None:
             continue  # the flush at the end
         seen.num_packets += 1
-        if packet.is_discard:
+        if packet.is_discard or _is_hidden(stream, packet):
             continue
         time = None if packet.pts is None else float(packet.pts * stream.time_base)
         seen.raw_times.append(time)
         seen.end = max(seen.end, (time or 0.0) + float((packet.duration or 0) * stream.time_base))
     return seen
+
+
+def _is_hidden(stream: Any, packet: Any) -> bool:
+    """Whether a VP8 packet is only referred to and never shown: bit 4 of its first byte (RFC 6386, 9.1) is clear."""
+    return stream.codec_context.name == "vp8" and not bytes(packet)[0] & 0x10
 
 
 def _require_complete(container: Any, stream: Any, seen: _Packets, path: Path) -> None:

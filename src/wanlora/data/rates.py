@@ -53,7 +53,11 @@ def resample(
     if indexes == as_they_stand or _runs_at(times, rate, target):
         return Resampling(as_they_stand)
     rule = f"by time to {target:g} fps"
-    return Resampling(indexes, rule, f"{fps_text(rate)} fps, resampled to {target:g} fps by timestamps")
+    return Resampling(
+        indexes,
+        rule,
+        f'{fps_text(rate)} fps, resampled to {target:g} by timestamps; target_fps = "keep" would take every frame',
+    )
 
 
 def accumulated(num_frames: int, source_fps: float, target_fps: float) -> tuple[int, ...]:

@@ -52,7 +52,7 @@ def test_uniform_windows_that_coincide_are_trained_once_and_named(clips: Path, t
     plan = plan_datasets(tables(table))
     assert [str(shortfall) for shortfall in plan.shortfalls] == [
         "b.mp4: 21 frames, 1 of 2 windows: only 1 distinct window of 21 frames in 21",
-        "c.mp4: 16 frames, 0 of 2 windows: shorter than the 21 frames asked for",
+        "c.mp4: 16 frames after resampling 30, 0 of 2 windows: shorter than the 21 frames asked for",
     ]
     lines = report_lines(plan)
     assert "style.toml: [[datasets]] 1: 2 clips yield fewer windows than asked:" in lines
@@ -67,7 +67,10 @@ def test_another_rate_is_named_with_both_rates_and_resampled(clips: Path, tmp_pa
     assert by_name["c.mp4"].indexes == (0, 1, 3, 5, 7)
     assert by_name["c.mp4"].resampling
     notes = [line for line in report_lines(plan) if "fps" in line]
-    assert notes == ["style.toml: [[datasets]] 1: 1 x 30 fps, resampled to 16 fps by timestamps: c.mp4"]
+    assert notes == [
+        "style.toml: [[datasets]] 1: 1 clip (c.mp4): 30 fps, resampled to 16 by timestamps; "
+        'target_fps = "keep" would take every frame'
+    ]
 
 
 def test_buckets_hold_for_clips_too(clips: Path, tmp_path: Path) -> None:

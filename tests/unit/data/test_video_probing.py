@@ -3,6 +3,7 @@
 import wave
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -43,6 +44,23 @@ def test_the_size_is_the_one_shown(tmp_path: Path, rotation: int, size: tuple[in
     assert probe_video(make_clip(tmp_path / "turned.mp4", 3, rotation=rotation)).size == size
 
 
+def test_vp8_packets_that_are_never_shown_are_not_counted(tmp_path: Path) -> None:
+    plain, hidden = make_clip(tmp_path / "plain.webm", 9, codec="libvpx"), tmp_path / "hidden.webm"
+    with av.open(str(plain)) as source, av.open(str(hidden), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for index, packet in enumerate(packet for packet in source.demux(video=0) if packet.size):
+            data = bytearray(bytes(packet))
+            data[0] &= 0xEF if index == 4 else 0xFF
+            copy = av.Packet(bytes(data))
+            copy.pts, copy.dts, copy.time_base, copy.stream = packet.pts, packet.dts, packet.time_base, stream
+            copy.is_keyframe = packet.is_keyframe
+            target.mux(copy)
+    assert probe_video(plain).num_frames == 9
+    with av.open(str(hidden)) as container:
+        shown = sum(1 for _ in container.decode(video=0))
+    assert probe_video(hidden).num_frames == shown == 8
+
+
 def cut_file(path: Path, share: float) -> Path:
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
@@ -60,8 +78,6 @@ def test_a_fast_start_file_that_ends_early_is_found(tmp_path: Path) -> None:
 
 def with_index_first(path: Path) -> bytes:
     """The file with its index in front, as streaming sites store it."""
-    import av
-
     out = path.with_name("moved.mp4")
     with av.open(str(path)) as source, av.open(str(out), "w", options={"movflags": "+faststart"}) as target:
         stream = target.add_stream_from_template(source.streams.video[0])
