@@ -1,0 +1,58 @@
+"""What both caching commands check and settle before they read a dataset file."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from wanlora.config.caching import CacheConfig
+from wanlora.config.checks import check_paths
+from wanlora.data.cache_files import source_fingerprint
+from wanlora.foundation.errors import ConfigError, Problems
+from wanlora.foundation.log import say_once
+
+_MOST_THREADS = 4
+"""Decoders use several threads each, and every reader holds a clip in memory."""
+
+
+def check_flags(config: CacheConfig, problems: Problems) -> None:
+    """Collect what is wrong with files and device, and answer the flags that change nothing."""
+    with problems.collect():
+        check_paths(config)
+    with problems.collect():
+        encoding_device(config.device)
+    if config.skip_existing:
+        say_once("--skip_existing changes nothing: files that still fit are always kept, and only those")
+    if config.keep_cache:
+        say_once("--keep_cache changes nothing: cache files are never deleted")
+
+
+def encoding_device(name: str | None) -> torch.device:
+    """The device called `name`, or a GPU where there is one. Raises `ConfigError` for one that is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name} is no device; type cuda, cuda:1 or cpu") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {name}: PyTorch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices here; "
+            "install the CUDA build of PyTorch and the driver, or type --device cpu"
+        )
+    return device
+
+
+def place(device: torch.device) -> str:
+    """The device in words: `cuda:0 (NVIDIA GeForce RTX 3090)`."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device}" if torch.cuda.is_available() else f"{device} (no CUDA device is found)"
+
+
+def identity(path: Path | None) -> str | None:
+    """What tells the model at `path`, a file or a folder, from another; the same wherever the file lies."""
+    return None if path is None else source_fingerprint(path).digest
+
+
+def decoding_threads(num_workers: int | None) -> int:
+    """How many sources are read at the same time."""
+    return min((os.cpu_count() or 2) - 1, _MOST_THREADS) if num_workers is None else num_workers
