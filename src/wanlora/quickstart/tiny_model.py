@@ -28,7 +28,8 @@ TEXT_DIM = 64
 """Width of the text encoder and of its embeddings."""
 SIZES = WanSizes(dim=128, ffn_dim=256, num_layers=12, text_dim=TEXT_DIM)
 """The transformer: one attention head of the usual width."""
-VAE_SIZES = VAESizes(base=8, z=16)
+VAE_SIZES = VAESizes(base=4, z=16)
+"""The autoencoder: an encode of a second of video takes a fraction of a second on a CPU."""
 
 _SMALL = 0.02
 _TEXT_HEADS, _TEXT_LAYERS, _TEXT_FFN = 4, 2, 112
