@@ -90,9 +90,9 @@ def _read_config_file(command: Command, path: Path, problems: Problems) -> dict[
     for section, key, value in _flattened(file, problems):
         where = f"{file.where(key, section)}: {key}"
         if key in homes:
-            problems.add(f"{where} is given twice, in [{homes[key]}] and [{section}]")
+            problems.add(f"{where} is given twice, {homes[key]} and in [{section}]")
             continue
-        homes[key] = section or "the top"
+        homes[key] = f"in [{section}]" if section else "at the top"
         name = command.negations.get(key, key)
         if key in command.answered:
             if value and value != "NO":

@@ -95,7 +95,8 @@ def _type(setting: Setting, what: str) -> str:
         return "switch" if what == "flag" else "true or false"
     base = "steps or share" if kind.steps_or_share else kind.metavar.partition("{")[0].strip("|")
     limits = f" ({kind.limits})" if kind.limits else ""
-    single = " or ".join(part for part in (base + limits, ", ".join(kind.words)) if part)
+    words = [*kind.words, kind.open_choice.description] if kind.words and kind.open_choice else kind.words
+    single = " or ".join(part for part in (base + limits, ", ".join(words)) if part)
     if kind.many:
         return f"list of {single}" if kind.length is None else f"{kind.length} x {single}"
     return single

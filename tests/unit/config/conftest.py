@@ -1,0 +1,39 @@
+"""What the program says, as a list."""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from wanlora.foundation import log as log_module
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Every notice of this test, as if the process had said nothing before."""
+    messages: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    monkeypatch.setattr(log_module, "_said", set())
+    listener, level = Listener(), log_module.log.level
+    log_module.log.addHandler(listener)
+    log_module.log.setLevel(logging.INFO)
+    yield messages
+    log_module.log.removeHandler(listener)
+    log_module.log.setLevel(level)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str], Path]:
+    """Writes a text file into the test's folder and gives its path."""
+
+    def written(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.write_bytes(text.encode("utf-8"))
+        return path
+
+    return written
