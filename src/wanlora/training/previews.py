@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,5 +149,5 @@ class Previews:
             self.trainee.stream.reset()
 
 
-def _advance(bar: "tqdm[None]") -> None:
+def _advance(bar: "tqdm[Any]") -> None:
     bar.update()
