@@ -147,7 +147,12 @@ KERNELS.register("flash3")(
 )
 KERNELS.register("xformers")(Kernel(compute=_xformers, package="xformers", install="pip install xformers"))
 KERNELS.register("sage")(
-    Kernel(compute=_sage, package="sageattention", install='pip install "wanlora[sage]"', trains=False)
+    Kernel(
+        compute=_sage,
+        package="sageattention",
+        install="pip install sageattention (on Windows triton-windows too)",
+        trains=False,
+    )
 )
 
 

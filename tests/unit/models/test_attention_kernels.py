@@ -16,7 +16,7 @@ PACKAGES = {
     "flash": ("flash_attn", "pip install flash-attn"),
     "flash3": ("flash_attn_interface", "hopper"),
     "xformers": ("xformers", "pip install xformers"),
-    "sage": ("sageattention", 'pip install "wanlora[sage]"'),
+    "sage": ("sageattention", "pip install sageattention"),
 }
 
 
