@@ -17,7 +17,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _C_COMPILERS = ("cc", "gcc", "clang", "cl")
 _TRITON_CAPABILITY = (7, 0)
@@ -44,10 +44,24 @@ def compile_blocks(
             continue
         kind = type(block)
         if kind not in compiled:
-            compiled[kind] = torch.compile(
-                kind.forward, backend=backend, mode=mode, dynamic=dynamic, fullgraph=fullgraph
-            )
+            graph = torch.compile(kind.forward, backend=backend, mode=mode, dynamic=dynamic, fullgraph=fullgraph)
+            compiled[kind] = _always_differentiable(graph)
         block.forward = MethodType(compiled[kind], block)
+
+
+def _always_differentiable(graph: Callable[..., Any]) -> Callable[..., Any]:
+    """Let every block's input need a gradient while training.
+
+    The first block's does not, and a graph of its own for that would take as long to compile as that for all others;
+    the gradient that is computed for nothing is one part in several hundred of a step.
+    """
+
+    def forward(block: nn.Module, x: Tensor, *args: Tensor) -> Any:
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        return graph(block, x, *args)
+
+    return forward
 
 
 def restore_blocks(blocks: Iterable[nn.Module]) -> None:

@@ -45,10 +45,10 @@ def quantize_blockwise(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tens
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """fp8 * scale in `dtype`, [out, in]. `scale` is [out or 1, blocks, 1] with blocks a divisor of in.
 
-    The product is taken in float32 and rounded once; nothing larger than the result is allocated.
+    The product is taken in float32 and rounded once; nothing larger than the result is allocated. This runs inside
+    compiled graphs, where einops' table of backends would count as a side effect: hence plain reshapes.
     """
-    blocks = rearrange(weight.to(dtype), "o (b w) -> o b w", b=scale.shape[1])
-    return rearrange(blocks.mul_(scale), "o b w -> o (b w)")
+    return weight.to(dtype).unflatten(1, (scale.shape[1], -1)).mul_(scale).flatten(1)
 
 
 def relative_error(weight: Tensor, quantized: Tensor, scale: Tensor) -> float:

@@ -12,7 +12,6 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from wanlora.quantization.blockwise import BLOCK, dequantize, quantize_blockwise
@@ -37,8 +36,7 @@ def _dequantize_in_backward(weight: Tensor, scale: Tensor, dtype: torch.dtype) -
 
     A compiler that sees the same expression in forward and backward makes it one and keeps the wide result in between.
     """
-    blocks = rearrange(weight, "o (b w) -> o b w", b=scale.shape[1]).to(dtype)
-    return rearrange(blocks.mul_(scale), "o b w -> o (b w)")
+    return weight.unflatten(1, (scale.shape[1], -1)).to(dtype).mul_(scale).flatten(1)
 
 
 class Fp8Linear(nn.Module):

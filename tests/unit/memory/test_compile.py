@@ -1,0 +1,88 @@
+"""Compiled blocks: one graph for all, beside streaming and recomputation."""
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.memory.wan import ARGUMENTS, adapted_wan, losses_and_gradients, train_step
+from wanlora.memory.checkpointing import Recompute
+from wanlora.memory.compile import compile_blocks, is_compiled, missing_compiler, restore_blocks
+from wanlora.memory.streaming import BlockStream
+
+CPU = torch.device("cpu")
+
+
+class _Backend:
+    """Counts graphs and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs() -> None:
+    torch._dynamo.reset()
+
+
+def test_one_graph_serves_all_blocks_and_all_lengths() -> None:
+    longer = (torch.randn(1, 16, 3, 4, 6), *ARGUMENTS[1:])
+    plain = adapted_wan(3)
+    expected = [train_step(plain), train_step(plain, longer)]
+    model, backend = adapted_wan(3), _Backend()
+    compile_blocks(model.blocks, backend=backend, fullgraph=True)
+    assert [train_step(model), train_step(model, longer)] == expected
+    assert backend.graphs == 1
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        assert ours.grad is None or theirs.grad is None or torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_compiled_blocks_stream_and_recompute_with_the_same_result(backend: str) -> None:
+    expected = losses_and_gradients(adapted_wan(3), steps=2)
+    model = adapted_wan(3)
+    blocks = list(model.blocks)
+    stream = BlockStream(blocks, 3, CPU)
+    model.run_block = Recompute(blocks)
+    stream.attach()
+    compile_blocks(blocks, backend=backend, fullgraph=True)
+    result = losses_and_gradients(model, steps=2)
+    torch.testing.assert_close(torch.tensor(result), torch.tensor(expected), rtol=1e-4, atol=1e-6)
+    assert stream.waits == 2 * 2 * 3
+
+
+def test_restoring_takes_the_compiled_forward_off_again() -> None:
+    model = adapted_wan(2)
+    compile_blocks(model.blocks, backend="eager")
+    assert all(map(is_compiled, model.blocks))
+    restore_blocks(model.blocks)
+    assert not any(map(is_compiled, model.blocks))
+    assert losses_and_gradients(model, steps=1) == losses_and_gradients(adapted_wan(2), steps=1)
+
+
+def test_the_cache_limit_is_handed_to_the_compiler() -> None:
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compile_blocks([], cache_size_limit=33)
+        assert torch._dynamo.config.recompile_limit == 33
+
+
+def test_a_machine_without_a_c_compiler_is_told_from_one_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/cc")
+    monkeypatch.setattr("pathlib.Path.is_file", lambda path: True)
+    assert missing_compiler(CPU) is None
+    monkeypatch.setattr("pathlib.Path.is_file", lambda path: False)
+    assert "headers" in (missing_compiler(CPU) or "")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert missing_compiler(CPU) == "there is no C compiler"
+
+
+def test_a_card_needs_triton_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "triton" in (missing_compiler(torch.device("cuda")) or "")
