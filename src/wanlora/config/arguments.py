@@ -6,8 +6,10 @@ values after it, by the same checks that values from files pass: so one run repo
 """
 
 import argparse
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, replace
+from decimal import Decimal
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +18,8 @@ from wanlora.config.musubi import ANSWERED_FLAGS, MEANS_DEFAULT, MUSUBI_FLAGS, M
 from wanlora.foundation.errors import ConfigError, Problems, did_you_mean
 from wanlora.foundation.log import log, say_once
 
+_TINY = re.compile(r"-\d*\.?\d+[eE][-+]?\d+")
+"""Negative numbers that argparse would take for flags."""
 _CONTINUATIONS = ("^", "\\", "`")
 CONFIG_FILE_HELP = "TOML with any of these flags as keys (.toml may be left out); the command line wins."
 
@@ -180,7 +184,7 @@ def _expanded(command: Command, argv: Sequence[str], problems: Problems) -> list
             wanted = flag is not None
             words += [f"--{flag}{equals}{value}"] if wanted else []
         elif wanted:
-            words.append(word)
+            words.append(format(Decimal(word), "f") if _TINY.fullmatch(word) else word)
     return words
 
 

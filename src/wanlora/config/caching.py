@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from wanlora.config.fields import Checked, Count, CountOrZero, DtypeName, ExistingPath
+from wanlora.config.fields import Checked
+from wanlora.config.kinds import Count, CountOrZero, DtypeName, ExistingPath
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,9 +20,9 @@ class CacheConfig(Checked):
     num_workers: CountOrZero | None = None
     """How many threads read media and captions. Default: one fewer than the processors."""
     skip_existing: bool = False
-    """Leave cache files that are there and still fit; without it everything is encoded again."""
+    """Accepted from musubi; cache files that still fit are always kept."""
     keep_cache: bool = False
-    """Keep cache files that the dataset no longer asks for; this is the default, the flag is accepted from musubi."""
+    """Accepted from musubi; cache files that the dataset no longer asks for are always kept."""
     dry_run: bool = False
     """Check everything, say what would be done, write nothing."""
     debug: bool = False

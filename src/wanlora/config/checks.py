@@ -27,19 +27,10 @@ _REQUIRED = {
     "vae": "the Wan VAE, for example --vae wan_2.1_vae.safetensors",
     "t5": "the text encoder, for example --t5 models_t5_umt5-xxl-enc-bf16.pth",
 }
-_BELL = ("sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "krea2_shift", "qinglong_flux", "qinglong_qwen")
-_SAMPLING_OPTIONS = {
-    "discrete_flow_shift": ("sigma", "shift"),
-    "sigmoid_scale": _BELL,
-    "logit_mean": ("sigma", "logsnr", "qinglong_flux"),
-    "logit_std": ("sigma", "logsnr", "qinglong_flux"),
-    "mode_scale": ("sigma",),
-}
-"""Timestep options, and the samplers that read them."""
 _WEIGHTING_OPTIONS = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
-"""What sigma reads only with one weighting_scheme."""
+"""Timestep options that sigma reads only with one weighting_scheme."""
 _SCHEDULER_OPTIONS = {
-    "lr_scheduler_num_cycles": ("cosine_with_restarts",),
+    "lr_scheduler_num_cycles": ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
     "lr_scheduler_power": ("polynomial",),
     "lr_scheduler_timescale": ("inverse_sqrt",),
     "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "warmup_stable_decay", "rex"),
@@ -66,9 +57,10 @@ def check_train(config: TrainConfig, given: Given, problems: Problems) -> None:
     """Flags of wan_train_network.py."""
     if config.run.show_timesteps is None:
         _require(config.model, ("dit",), given, problems)
-        _require(config.saving, ("output_dir", "output_name"), given, problems)
+        _require(config.run, ("dataset_config",), given, problems)
         _require(config.network, ("network_module",), given, problems)
-    _require(config.run, ("dataset_config",), given, problems)
+    if config.run.show_timesteps != "console":
+        _require(config.saving, ("output_dir", "output_name"), given, problems)
     for check in (_run, _attention, _optimizer, _schedule, _timesteps, _network, _saving, _previews, _logging, _memory):
         check(config, given, problems)
 
@@ -154,19 +146,14 @@ def _schedule(config: TrainConfig, given: Given, problems: Problems) -> None:
     for name, schedulers in _SCHEDULER_OPTIONS.items():
         if schedule.lr_scheduler not in schedulers:
             _without_effect(given, (name,), f"with --lr_scheduler {schedule.lr_scheduler}")
-    _without_effect(given, ("lr_scheduler_args",), "without --lr_scheduler_type")
 
 
 def _timesteps(config: TrainConfig, given: Given, problems: Problems) -> None:
     timesteps = config.timesteps
-    sampling, weighting = timesteps.timestep_sampling, timesteps.weighting_scheme
-    for name, samplers in _SAMPLING_OPTIONS.items():
-        if sampling not in samplers:
-            _without_effect(given, (name,), f"with --timestep_sampling {sampling}")
-        elif sampling == "sigma" and _WEIGHTING_OPTIONS.get(name, weighting) != weighting:
-            _without_effect(given, (name,), f"with --weighting_scheme {weighting}")
-    if sampling != "sigma" and weighting in ("logit_normal", "mode"):
-        say_once(f"--weighting_scheme {weighting} changes nothing with --timestep_sampling {sampling}; sigma reads it")
+    if timesteps.timestep_sampling == "sigma":
+        for name, scheme in _WEIGHTING_OPTIONS.items():
+            if timesteps.weighting_scheme != scheme:
+                _without_effect(given, (name,), f"with --weighting_scheme {timesteps.weighting_scheme}")
     if timesteps.min_timestep is None and timesteps.max_timestep is None:
         _without_effect(given, ("preserve_distribution_shape",), "without --min_timestep or --max_timestep")
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from wanlora.config.fields import Checked, Count, Kind, Limits, Positive, check_fields, settings_of
+from wanlora.config.fields import Checked, check_fields, settings_of
+from wanlora.config.kinds import Count, Kind, Limits, Positive
 from wanlora.config.musubi import ANSWERED_KEYS
 from wanlora.config.toml import TableFile, read_table
 from wanlora.foundation.errors import ConfigError, Problems, did_you_mean, nearest

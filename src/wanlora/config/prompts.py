@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from wanlora.config.fields import Checked, Count, CountOrZero, Limits, NotNegative, Positive, settings_of
+from wanlora.config.fields import Checked, settings_of
+from wanlora.config.kinds import Count, CountOrZero, Limits, NotNegative, Positive
 from wanlora.config.toml import TableFile, read_json, read_table, read_text
 from wanlora.foundation.errors import ConfigError, Problems, did_you_mean, nearest
 from wanlora.foundation.log import say_once

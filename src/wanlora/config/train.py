@@ -6,30 +6,24 @@ Which flags make sense together is checked in `checks.py`; here stands what each
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from wanlora.config.fields import (
-    Checked,
+from wanlora.config.fields import Checked, check_fields
+from wanlora.config.kinds import (
     Count,
     CountOrZero,
     DtypeName,
     ExistingPath,
     NotNegative,
-    OpenChoice,
+    OptimizerName,
     Portion,
     Positive,
     Share,
     Steps,
     Timestep,
-    check_fields,
 )
 from wanlora.config.values import NetworkArgs, parse_key_values, parse_network_args
 from wanlora.foundation.errors import ConfigError
-
-OptimizerName = Annotated[
-    str, OpenChoice(r"[A-Z]\w*|[A-Za-z_]\w*(\.\w+)+", "a class of torch.optim or a dotted path (package.Class)")
-]
-SchedulerName = Annotated[str, OpenChoice(r"adafactor:.+", "adafactor:<learning rate>")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +142,7 @@ class OptimizerConfig(Checked):
 class ScheduleConfig(Checked):
     """Learning rate schedule."""
 
-    lr_scheduler: SchedulerName = "constant"
+    lr_scheduler: str = "constant"
     """Shape of the learning rate over the run."""
     lr_warmup_steps: Steps = 0
     """Steps in which the learning rate rises from 0; a share of all steps below 1, or 10%."""
@@ -277,8 +271,8 @@ class SavingConfig(Checked):
     """Number format of the LoRA file. Default: fp32."""
     save_format: Literal["kohya", "comfy", "diffusers"] = "kohya"
     """Spelling of the LoRA file's keys; ComfyUI reads all three."""
-    resume: ExistingPath | None = None
-    """Go on from this state folder."""
+    resume: Path | None = None
+    """Go on from this state folder; latest means the newest state of --output_name in --output_dir."""
     no_metadata: bool = False
     """Leave the settings out of the LoRA file."""
     training_comment: str | None = None

@@ -180,7 +180,8 @@ def test_optimizers_by_known_name_class_or_path(name: str) -> None:
 def test_shares_and_steps_of_the_schedule() -> None:
     config = train("--lr_scheduler", "cosine", "--lr_warmup_steps", "10%")
     assert config.schedule.lr_warmup_steps == 0.1
-    assert train("--lr_scheduler", "adafactor:1e-3").schedule.lr_scheduler == "adafactor:1e-3"
+    assert train("--lr_scheduler", "cosine", "--lr_warmup_steps", "100").schedule.lr_warmup_steps == 100
+    assert "got 'adafactor:1e-3'" in refusal("--lr_scheduler", "adafactor:1e-3")
 
 
 def test_lists_of_arguments() -> None:
@@ -189,6 +190,12 @@ def test_lists_of_arguments() -> None:
     assert config.optimizer.kwargs == {"weight_decay": 0.1, "betas": (0.9, 0.99)}
     assert config.network.args.rank_dropout == 0.1
     assert config.network.merged_weights == ((Path("a"), 0.5), (Path("b"), 1.0))
+
+
+def test_negative_numbers_are_no_flags() -> None:
+    words = "--base_weights a b --base_weights_multiplier -0.5 -1e-1 --logit_mean -2e-3"
+    config = train("--timestep_sampling", "logsnr", *words.split())
+    assert config.network.base_weights_multiplier == (-0.5, -0.1) and config.timesteps.logit_mean == -2e-3
 
 
 def test_every_switch_can_be_turned_off_again() -> None:

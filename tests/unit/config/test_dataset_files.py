@@ -277,7 +277,7 @@ def test_two_spellings_of_one_cache_directory_collide(write: Write, first: str, 
 
 
 def test_different_cache_directories_differ() -> None:
-    folders = ["cache", "cache2", "Cache", "H:/cache", "G:/cache", r"H:\cache2"]
+    folders = ["cache", "cache2", "H:/cache", "G:/cache", r"H:\cache2"]
     assert len({comparable_path(folder) for folder in folders}) == len(folders)
 
 
