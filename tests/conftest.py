@@ -1,9 +1,11 @@
 """Fixtures that tests of every room may use. What a session fixture gives is shared: copy it before changing it."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.runs import TrainingFolder, make_training_data
 from tests.tiny import TinyDataset, TinyWan, copy_dataset, make_tiny_dataset, make_tiny_wan
 
 
@@ -22,3 +24,22 @@ def _tiny_media(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
 def tiny_dataset(_tiny_media: TinyDataset, tmp_path: Path) -> TinyDataset:
     """Pictures, clips, captions, TOML and prompts in a folder of this test's own; nothing is cached."""
     return copy_dataset(_tiny_media, tmp_path / "dataset")
+
+
+@pytest.fixture(scope="session")
+def _training_media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    make_training_data(folder)
+    return folder
+
+
+@pytest.fixture
+def training_folder(
+    _training_media: Path, tiny_models: TinyWan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> TrainingFolder:
+    """A folder of this test's own in which everything is cached and the trainer can start."""
+    folder = tmp_path / "training"
+    shutil.copytree(_training_media, folder)
+    toml = folder / "dataset.toml"
+    toml.write_text(toml.read_text().replace(_training_media.as_posix(), folder.as_posix()))
+    return TrainingFolder(folder=folder, models=tiny_models, capture=capsys)

@@ -1,0 +1,98 @@
+"""A folder in which the real trainer runs in seconds: a tiny Wan, pictures and clips with random caches.
+
+Encoding is tested elsewhere; here the caches hold noise, written by the same functions that caching uses.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import TinyWan
+from wanlora.cli.train_network import main
+from wanlora.config.dataset import read_datasets
+from wanlora.data.cache_files import write_latents, write_text
+from wanlora.data.plan import plan_datasets
+from wanlora.foundation.files import fingerprint
+from wanlora.foundation.files import write_text as write_plain_text
+from wanlora.quickstart.media import SCENES, write_clip, write_picture
+from wanlora.quickstart.tiny_model import TEXT_DIM
+
+_TOML = """\
+[general]
+caption_extension = ".txt"
+
+[[datasets]]
+image_directory = "{folder}/images"
+cache_directory = "{folder}/images/cache"
+resolution = [48, 32]
+batch_size = 2
+
+[[datasets]]
+video_directory = "{folder}/videos"
+cache_directory = "{folder}/videos/cache"
+resolution = [32, 32]
+target_frames = [1, 5]
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingFolder:
+    """Where one test trains."""
+
+    folder: Path
+    models: TinyWan
+    capture: pytest.CaptureFixture[str]
+
+    @property
+    def toml(self) -> Path:
+        """The dataset file."""
+        return self.folder / "dataset.toml"
+
+    @property
+    def output(self) -> Path:
+        """Where runs write."""
+        return self.folder / "output"
+
+    def arguments(self, name: str, *extra: str) -> list[str]:
+        """The flags of a short float32 run called `name`; `extra` comes last and wins."""
+        return [
+            *("--task", "t2v-14B", "--dit", str(self.models.dit), "--dataset_config", str(self.toml)),
+            *("--output_dir", str(self.output), "--output_name", name, "--network_module", "networks.lora_wan"),
+            *("--network_dim", "4", "--learning_rate", "1e-2", "--optimizer_type", "adamw", "--seed", "7"),
+            *("--timestep_sampling", "shift", "--discrete_flow_shift", "3.0", "--sdpa"),
+            *("--max_data_loader_n_workers", "0", "--device", "cpu", *extra),
+        ]
+
+    def train(self, arguments: list[str]) -> str:
+        """Train in this process; the log of a run that must end well."""
+        self.capture.readouterr()
+        code = main(arguments)
+        text = self.capture.readouterr().err
+        assert code == 0, text
+        return text
+
+
+def make_training_data(folder: Path) -> None:
+    """Three pictures and three clips with captions, a TOML, and random caches."""
+    for scene in SCENES[:3]:
+        write_picture(folder / "images" / f"{scene.name}.png", scene, width=96, height=64)
+        write_clip(folder / "videos" / f"{scene.name}.mp4", scene, frames=7, width=64, height=64)
+        for kind in ("images", "videos"):
+            write_plain_text(folder / kind / f"{scene.name}.txt", scene.caption)
+    write_plain_text(folder / "dataset.toml", _TOML.format(folder=folder.as_posix()))
+    fill_caches(folder / "dataset.toml")
+
+
+def fill_caches(toml: Path) -> None:
+    """Write a random cache file for everything that a dataset file asks for."""
+    generator = torch.Generator().manual_seed(0)
+    for item in plan_datasets(read_datasets(toml)).items:
+        stamp = item.stamp(vae="random", vae_dtype="float32")
+        shape = (16, stamp.latents.frames, stamp.latents.height, stamp.latents.width)
+        latents = torch.randn(shape, generator=generator).to(torch.bfloat16)
+        write_latents(item.latent_path, latents, stamp, fingerprint(item.source.path))
+        text = torch.randn((7, TEXT_DIM), generator=generator).to(torch.bfloat16)
+        assert item.source.caption is not None
+        write_text(item.text_path, text, caption=item.source.caption, t5="random")
