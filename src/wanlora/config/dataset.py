@@ -134,6 +134,8 @@ def comparable_path(path: str) -> str:
 
 GENERAL_KEYS = ("resolution", "caption_extension", "batch_size", "num_repeats", "enable_bucket", "bucket_no_upscale")
 """Keys that `[general]` may hold."""
+_KINDS: tuple[type[DatasetConfig], ...] = (ImageDatasetConfig, VideoDatasetConfig)
+_SOURCES = tuple(key for cls in _KINDS for key in source_keys(cls))
 _EXTRACTION_KEYS = {"frame_stride": "slide", "frame_sample": "uniform", "max_frames": "full"}
 """Keys that only one frame_extraction reads."""
 
@@ -149,7 +151,8 @@ def read_datasets(path: Path) -> DatasetsConfig:
     problems = Problems()
     entries = _tables(file, problems)
     general = _Table(file, "general", 1, file.data.get("general", {}), problems)
-    defaults = general.read(GENERAL_KEYS) if isinstance(general.entry, dict) else {}
+    general_kinds = {key: dataset_kinds(ImageDatasetConfig)[key] for key in GENERAL_KEYS}
+    defaults = general.read(general_kinds) if isinstance(general.entry, dict) else {}
     tables = [_Table(file, "datasets", number, entry, problems) for number, entry in enumerate(entries, 1)]
     datasets = [_dataset(table, defaults) for table in tables]
     found = tuple(dataset for dataset in datasets if dataset is not None)
@@ -197,15 +200,18 @@ class _Table:
     def where(self) -> str:
         return f"{self.file.path.name}: {self.title}"
 
+    @property
+    def sources(self) -> list[str]:
+        return [key for key in _SOURCES if key in self.entry]
+
     def place(self, key: str) -> str:
         return f"{self.file.where(key, self.name, self.number)}: {self.title}: {key}"
 
-    def read(self, keys: tuple[str, ...], cls: type[DatasetConfig] | None = None) -> dict[str, Any]:
-        """Those of `keys` that the table gives, typed; every other key is a problem or answered."""
-        kinds = dataset_kinds(cls or ImageDatasetConfig)
+    def read(self, kinds: dict[str, Kind]) -> dict[str, Any]:
+        """The values of the keys in `kinds`, typed; every other key is a problem or answered."""
         values: dict[str, Any] = {}
         for key, value in self.entry.items():
-            if key in keys:
+            if key in kinds:
                 try:
                     values[key] = kinds[key].from_value([value] * 2 if _is_side(key, value) else value)
                 except ValueError as error:
@@ -213,22 +219,21 @@ class _Table:
             elif key in ANSWERED_KEYS and not ANSWERED_KEYS[key].refused:
                 say_once(f"{self.place(key)}: {ANSWERED_KEYS[key].sentence}")
             else:
-                self.problems.add(f"{self.place(key)}: {self._explain(key, keys, cls)}")
+                self.problems.add(f"{self.place(key)}: {self._explain(key, kinds)}")
         return values
 
-    def _explain(self, key: str, keys: tuple[str, ...], cls: type[DatasetConfig] | None) -> str:
+    def _explain(self, key: str, kinds: dict[str, Kind]) -> str:
         if key in ANSWERED_KEYS:
             return ANSWERED_KEYS[key].sentence
         images, videos = dataset_kinds(ImageDatasetConfig), dataset_kinds(VideoDatasetConfig)
         if key in images or key in videos:
-            if cls is None:
+            if self.name == "general":
                 return "belongs in [[datasets]], not in [general]"
-            source = next(source for source in source_keys(cls) if source in self.entry)
-            return f"is a key of {_home(key)}, and this table has {source}"
-        near = nearest(key, keys) or nearest(key, (*images, *videos))
+            return f"is a key of {_home(key)}, and this table has {self.sources[0]}"
+        near = nearest(key, kinds) or nearest(key, (*images, *videos))
         if near is None:
             return "unknown key"
-        return f"unknown key (did you mean {near!r}{'' if near in keys else f', a key of {_home(near)}'}?)"
+        return f"unknown key (did you mean {near!r}{'' if near in kinds else f', a key of {_home(near)}'}?)"
 
 
 def _home(key: str) -> str:
@@ -245,11 +250,16 @@ def _is_side(key: str, value: Any) -> bool:
 
 def _dataset(table: _Table, defaults: dict[str, Any]) -> DatasetConfig | None:
     """The config of one table, or None if it has problems (which are added)."""
-    cls = _kind_of_table(table)
-    if cls is None:
-        return None
     before = len(table.problems.messages)
-    given = table.read(tuple(dataset_kinds(cls)), cls)
+    found = [cls for cls in _KINDS if any(key in table.entry for key in source_keys(cls))]
+    if len(found) != 1:
+        what = f"has {' and '.join(table.sources)}" if found else "has no source"
+        cure = "give pictures and clips a [[datasets]] each" if found else f"give one of {', '.join(_SOURCES)}"
+        table.problems.add(f"{table.where}: {what}; {cure}")
+        table.read({**dataset_kinds(ImageDatasetConfig), **dataset_kinds(VideoDatasetConfig)})
+        return None
+    cls = found[0]
+    given = table.read(dataset_kinds(cls))
     directory, jsonl = source_keys(cls)
     values = {**defaults, **given}
     if directory in given:
@@ -263,22 +273,6 @@ def _dataset(table: _Table, defaults: dict[str, Any]) -> DatasetConfig | None:
     with table.problems.collect():
         values = _settled(values, given, table.where, cls)
         return cls(where=table.where, **values)
-    return None
-
-
-def _kind_of_table(table: _Table) -> type[DatasetConfig] | None:
-    kinds = (ImageDatasetConfig, VideoDatasetConfig)
-    found = [cls for cls in kinds if any(key in table.entry for key in source_keys(cls))]
-    if len(found) == 1:
-        return found[0]
-    sources = [key for cls in kinds for key in source_keys(cls)]
-    if found:
-        given = " and ".join(key for key in sources if key in table.entry)
-        table.problems.add(f"{table.where}: has {given}; give pictures and clips a [[datasets]] each")
-        return None
-    close = [key for key in table.entry if nearest(key, sources) and key not in dataset_kinds(VideoDatasetConfig)]
-    hint = "; " + ", ".join(f"{key!r}{did_you_mean(key, sources)}" for key in close) if close else ""
-    table.problems.add(f"{table.where}: has no source; give one of {', '.join(sources)}{hint}")
     return None
 
 

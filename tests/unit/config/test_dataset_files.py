@@ -247,8 +247,9 @@ def test_keys_of_other_models_that_change_nothing_are_said(write: Write, said: l
             '[[datasets]]\nvideo_directory = "a"\nimage_directory = "b"',
             "has image_directory and video_directory; give pictures and clips a [[datasets]] each",
         ),
+        ("[[datasets]]\nresolution = 0", "line 2: [[datasets]] 1: resolution must be at least 32"),
         ("[[datasets]]\nresolution = 512", "has no source; give one of image_directory, image_jsonl_file, "),
-        ('[[datasets]]\nvideo_dir = "a"', "'video_dir' (did you mean 'video_directory'?)"),
+        ('[[datasets]]\nvideo_dir = "a"', "video_dir: unknown key (did you mean 'video_directory'?)"),
     ],
 )
 def test_a_key_out_of_place_is_told_where_it_belongs(write: Write, text: str, message: str) -> None:
