@@ -17,13 +17,14 @@ from wanlora.caching.ahead import Failed, read_ahead
 from wanlora.caching.encoding import LatentEncoder
 from wanlora.caching.preview import show
 from wanlora.caching.requests import Request, read_requests, report
-from wanlora.caching.start import check_flags, decoding_threads, encoding_device, identity, place
+from wanlora.caching.start import check_flags, decoding_threads, identity, place
 from wanlora.caching.work import Summary, Task, Work, lay_out, writing
 from wanlora.config.caching import LatentCacheConfig
 from wanlora.data.cache_files import latent_is_fresh, source_fingerprint, write_latents
 from wanlora.data.items import Item
 from wanlora.data.media import read_items
 from wanlora.data.resize import Clip
+from wanlora.foundation.devices import find_device
 from wanlora.foundation.dtypes import dtype_name, parse_dtype
 from wanlora.foundation.errors import Problems
 from wanlora.foundation.files import Fingerprint
@@ -99,7 +100,7 @@ class _Sample:
 
 def _encode(config: LatentCacheConfig, requests: tuple[Request, ...], work: Work, vae: str) -> None:
     assert config.vae is not None
-    device = encoding_device(config.device)
+    device = find_device(config.device)
     maths, storage = dtype_name(_maths(config)), dtype_name(_storage(config))
     log.info(f"the VAE computes in {maths} on {place(device)}; latents are stored in {storage}")
     model = load_vae(config.vae, device=device, dtype=_maths(config), cache_on_cpu=config.vae_cache_cpu)

@@ -8,7 +8,8 @@ import torch
 from wanlora.config.caching import CacheConfig
 from wanlora.config.checks import check_paths
 from wanlora.data.cache_files import source_fingerprint
-from wanlora.foundation.errors import ConfigError, Problems
+from wanlora.foundation.devices import find_device
+from wanlora.foundation.errors import Problems
 from wanlora.foundation.log import say_once
 
 _MOST_THREADS = 4
@@ -20,25 +21,11 @@ def check_flags(config: CacheConfig, problems: Problems) -> None:
     with problems.collect():
         check_paths(config)
     with problems.collect():
-        encoding_device(config.device)
+        find_device(config.device)
     if config.skip_existing:
         say_once("--skip_existing changes nothing: files that still fit are always kept, and only those")
     if config.keep_cache:
         say_once("--keep_cache changes nothing: cache files are never deleted")
-
-
-def encoding_device(name: str | None) -> torch.device:
-    """The device called `name`, or a GPU where there is one. Raises `ConfigError` for one that is not there."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name} is no device; type cuda, cuda:1 or cpu") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"--device {name}: PyTorch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices here; "
-            "install the CUDA build of PyTorch and the driver, or type --device cpu"
-        )
-    return device
 
 
 def place(device: torch.device) -> str:

@@ -10,11 +10,12 @@ import torch
 from tqdm import tqdm
 
 from wanlora.caching.requests import read_requests, report
-from wanlora.caching.start import check_flags, encoding_device, identity, place
+from wanlora.caching.start import check_flags, identity, place
 from wanlora.caching.work import Summary, Task, Work, lay_out, writing
 from wanlora.config.caching import TextCacheConfig
 from wanlora.data.cache_files import text_is_fresh, write_text
 from wanlora.data.sources import some
+from wanlora.foundation.devices import find_device
 from wanlora.foundation.errors import MemoryPlanError, Problems
 from wanlora.foundation.log import log
 from wanlora.models.wan.text import MAX_TOKENS, TextEncoder, clean, load_tokenizer
@@ -64,7 +65,7 @@ def _encode(config: TextCacheConfig, work: Work, t5: str, batch_size: int) -> No
     by_caption = _by_caption(work.to_do)
     captions = sorted(by_caption, key=len, reverse=True)
     log.info(f"{len(work.to_do)} files share {len(captions)} distinct captions")
-    device = encoding_device(config.device)
+    device = find_device(config.device)
     log.info(f"the text encoder runs on {place(device)}" + (", weights in fp8" if config.fp8_t5 else ""))
     try:
         encoder = TextEncoder(load_umt5(config.t5, device=device, fp8=config.fp8_t5), tokenizer)

@@ -70,18 +70,14 @@ def check_paths(config: Any) -> None:
     problems = Problems()
     for name, path in _input_paths(config):
         if not path.exists():
-            near = (
-                did_you_mean(path.name, [file.name for file in path.parent.glob("*")]) if path.parent.is_dir() else ""
-            )
-            where = "" if path.parent.is_dir() else f"; its folder {path.parent} does not exist either"
-            problems.add(f"--{name}: there is no {path}{near}{where}")
+            problems.add(f"--{name}: there is no {path}{_about_missing(path)}")
     problems.raise_all()
 
 
 def _about_missing(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; its folder {path.parent} does not exist either"
-    return did_you_mean(path.name, [file.name for file in path.parent.iterdir()])
+    return did_you_mean(path.name, [file.name for file in path.parent.iterdir()]) or "; check the spelling"
 
 
 def _input_paths(config: Any) -> Iterator[tuple[str, Path]]:

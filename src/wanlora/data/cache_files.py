@@ -151,32 +151,40 @@ def read_text(path: Path) -> Tensor:
     return _finite(path, text)
 
 
-def latent_is_fresh(path: Path, stamp: LatentStamp, source: Path | None = None) -> str | None:
+def latent_is_fresh(
+    path: Path, stamp: LatentStamp, source: Path | None = None, *, channels: int | None = None
+) -> str | None:
     """None if the cache at `path` is what `stamp` asks for; otherwise why not, in words that follow the file's name.
 
-    `source` is compared when given and present; the stamp's None fields are not compared.
+    `source` is compared when given and present; the stamp's None fields are not compared, nor `channels` if None.
     """
     if not path.is_file():
         return "is missing"
     try:
         with _opened(path) as file:
-            return _latent_difference(file, stamp) or _source_difference(file.metadata, source)
+            return _latent_difference(file, stamp, channels) or _source_difference(file.metadata, source)
     except DataError as error:
         return f"cannot be read ({error})"
 
 
-def text_is_fresh(path: Path, *, caption: str | None = None, t5: str | None = None) -> str | None:
-    """None if the text cache at `path` belongs to `caption` and `t5`; otherwise why not, as in
-    `latent_is_fresh`. What is None is not compared.
+def text_is_fresh(
+    path: Path, *, caption: str | None = None, t5: str | None = None, width: int | None = None
+) -> str | None:
+    """None if the text cache at `path` belongs to `caption` and `t5` and has `width` numbers a token; otherwise why
+    not, as in `latent_is_fresh`. What is None is not compared.
     """
     if not path.is_file():
         return "is missing"
     try:
         with _opened(path) as file:
-            _text_key(file)
+            found = file.shape(_text_key(file))[-1]
             metadata = file.metadata
     except DataError as error:
         return f"cannot be read ({error})"
+    if other := _other_model(metadata):
+        return other
+    if width is not None and found != width:
+        return f"holds {found} numbers a token where the model reads {width}: another text encoder made it"
     if caption is not None and metadata.get("caption1", caption).strip() != caption:
         return "belongs to another caption than the one that stands there now"
     return _recorded_difference(metadata, "t5", t5, "was made with another text encoder")
@@ -202,11 +210,18 @@ def source_fingerprint(path: Path) -> Fingerprint:
     )
 
 
-def _latent_difference(file: TensorSource, stamp: LatentStamp) -> str | None:
+def _other_model(metadata: dict[str, str]) -> str | None:
+    architecture = metadata.get("architecture", ARCHITECTURE)
+    return None if architecture == ARCHITECTURE else f"belongs to another model ({architecture})"
+
+
+def _latent_difference(file: TensorSource, stamp: LatentStamp, channels: int | None) -> str | None:
     metadata = file.metadata
-    if (architecture := metadata.get("architecture", ARCHITECTURE)) != ARCHITECTURE:
-        return f"belongs to another model ({architecture})"
+    if other := _other_model(metadata):
+        return other
     key = _latents_key(file)
+    if channels is not None and file.shape(key)[0] != channels:
+        return f"holds latents of {file.shape(key)[0]} channels where the model reads {channels}: another VAE made it"
     found = _shape_in(key)
     if found != stamp.latents:
         was = found.pixels()

@@ -26,18 +26,26 @@ _MODELS = {"hv": "HunyuanVideo", "fp": "FramePack"}
 
 
 def check_caches(
-    plan: DataPlan, kind: CacheKind = "all", *, vae: str | None = None, vae_dtype: str | None = None
+    plan: DataPlan,
+    kind: CacheKind = "all",
+    *,
+    vae: str | None = None,
+    vae_dtype: str | None = None,
+    channels: int | None = None,
+    text_width: int | None = None,
 ) -> list[str]:
     """What is missing, stale or broken among the cache files of `plan`, one sentence per cause; empty if all is well.
 
-    What is None is not compared.
+    `channels` and `text_width` are what the model reads. What is None is not compared.
     """
     problems: list[str] = []
     if kind in ("latents", "all"):
-        problems += _latent_problems(plan, lambda item: _latent_reason(item, vae, vae_dtype))
+        problems += _latent_problems(plan, lambda item: _latent_reason(item, vae, vae_dtype, channels))
     if kind in ("text", "all"):
         by_path = {item.text_path: item for item in plan.items}
-        reasons = {path: text_is_fresh(path, caption=item.source.caption) for path, item in by_path.items()}
+        reasons = {
+            path: text_is_fresh(path, caption=item.source.caption, width=text_width) for path, item in by_path.items()
+        }
         problems += _sentences(reasons, TEXT_CURE)
     return problems
 
@@ -63,8 +71,9 @@ def remarks(plan: DataPlan) -> list[str]:
     return lines
 
 
-def _latent_reason(item: Item, vae: str | None, vae_dtype: str | None) -> str | None:
-    return latent_is_fresh(item.latent_path, item.stamp(vae=vae, vae_dtype=vae_dtype), item.source.path)
+def _latent_reason(item: Item, vae: str | None, vae_dtype: str | None, channels: int | None) -> str | None:
+    stamp = item.stamp(vae=vae, vae_dtype=vae_dtype)
+    return latent_is_fresh(item.latent_path, stamp, item.source.path, channels=channels)
 
 
 def _latent_problems(plan: DataPlan, reason_of: Callable[[Item], str | None]) -> list[str]:

@@ -5,7 +5,7 @@ to fp8 codes afterwards would give noise. Names in the files are looked up from 
 so no model has to exist yet. `finish` then refuses files of which a part was never used.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -43,22 +43,21 @@ class MergedLoRAs:
         spelled = tuple(spellings_of(module))
         for file, multiplier, used in zip(self.files, self.multipliers, self.used, strict=True):
             for key, delta in _updates(file, spelled, kind, tensor.device):
-                if delta.shape != tensor.shape:
-                    raise CheckpointError(
-                        f"{file.path} was made for another model: its {key} changes a tensor of {list(delta.shape)}, "
-                        f"{name} is {list(tensor.shape)}"
-                    )
+                _require_shape(file, key, delta.shape, name, tensor.shape)
                 tensor = tensor.float() + multiplier * delta
                 used.add(key)
         return tensor
 
-    def check(self, names: Iterable[str]) -> None:
-        """Raise `CheckpointError` if a file changes modules that are not among those of these tensors."""
-        modules = {name.rpartition(".")[0] for name in names}
-        spelled = {spelling for module in modules for spelling in spellings_of(module)}
+    def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Raise `CheckpointError` if a file changes modules that a model with these tensors lacks or has otherwise."""
+        modules = {name.rpartition(".")[0] for name in shapes}
+        paths = {spelling: module for module in modules for spelling in spellings_of(module)}
         for file in self.files:
-            changed = {**{key: key for key in file.loras}, **{key: key.rpartition(".")[0] for key in file.differences}}
-            require_known(file.path, [key for key, module in changed.items() if module not in spelled], modules)
+            changes = _changes(file)
+            require_known(file.path, [key for key, (module, _, _) in changes.items() if module not in paths], modules)
+            for key, (module, kind, shape) in changes.items():
+                name = f"{paths[module]}.{kind}"
+                _require_shape(file, key, shape, name, shapes.get(name, ()))
 
     def finish(self) -> None:
         """Say what was merged. Raises `CheckpointError` naming what is left of a file after the whole model went by."""
@@ -66,6 +65,24 @@ class MergedLoRAs:
             left = [key for key in (*file.loras, *file.differences) if key not in used]
             require_known(file.path, left, self._seen)
             log.info(f"merged {file.path} at {multiplier:g}: {len(used)} updates")
+
+
+def _changes(file: LoRAFile) -> dict[str, tuple[str, str, Sequence[int]]]:
+    """By key: the module as the file spells it, what is changed of it, and the shape of the change."""
+    loras = {key: (key, "weight", (len(lora.up), lora.down.shape[1])) for key, lora in file.loras.items()}
+    differences = {
+        key: (key.rpartition(".")[0], "bias" if key.endswith(".diff_b") else "weight", tensor.shape)
+        for key, tensor in file.differences.items()
+    }
+    return {**loras, **differences}
+
+
+def _require_shape(file: LoRAFile, key: str, change: Sequence[int], name: str, shape: Sequence[int]) -> None:
+    if tuple(change) != tuple(shape):
+        raise CheckpointError(
+            f"{file.path} was made for another model: its {key} changes a tensor of {list(change)}, "
+            f"{name} is {list(shape)}; merge a LoRA of this model, or remove it from --base_weights"
+        )
 
 
 def _updates(file: LoRAFile, spelled: Sequence[str], kind: str, device: torch.device) -> list[tuple[str, Tensor]]:

@@ -115,36 +115,33 @@ class LoRANetwork:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a training state. Raises `CheckpointError` unless names and shapes are those of this network."""
+        self.check_state({name: tuple(tensor.shape) for name, tensor in state.items()})
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
+
+    def check_state(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise `CheckpointError` unless a training state with tensors of these shapes is one of this network."""
         own = self.state_dict()
-        if set(own) != set(state):
+        if set(own) != set(shapes):
             raise CheckpointError(
-                f"the saved state adapts other modules than this run ({_difference(own, state)}); resume with the "
+                f"the saved state adapts other modules than this run ({_difference(own, shapes)}); resume with the "
                 "network arguments it was made with"
             )
-        wrong = [name for name in own if own[name].shape != state[name].shape]
+        wrong = [name for name in own if own[name].shape != shapes[name]]
         if wrong:
             name = wrong[0]
             raise CheckpointError(
-                f"the saved state has {name} as {list(state[name].shape)}, this run as {list(own[name].shape)}; resume "
+                f"the saved state has {name} as {list(shapes[name])}, this run as {list(own[name].shape)}; resume "
                 "with the --network_dim it was made with"
             )
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
 
     def load(self, weights: Mapping[str, LoRAWeights], source: str = "the LoRA file") -> None:
         """Go on from the weights of a file (`read_lora`); `source` names it in messages.
 
         Where the file's alpha / rank differs from this run's, the up factor is rescaled so that the effect is the same.
-        Modules that the file lacks keep their untrained adapter, which is said. Raises `CheckpointError` if the file
-        has a module without an adapter here or another rank.
+        Modules that the file lacks keep their untrained adapter, which is said. Raises what `check` raises.
         """
-        if unknown := [name for name in weights if name not in self.adapters]:
-            raise CheckpointError(
-                f"{source} holds {len(unknown)} modules that this run does not train ({_some(unknown)}), and their "
-                "training would be lost; change include_patterns and exclude_patterns, or merge the file with "
-                "--base_weights"
-            )
-        self._check_sizes(weights, source)
+        self.check(weights, source)
         rescaled = [name for name, given in weights.items() if not _close(given.scale, self.adapters[name].scale)]
         for name, given in weights.items():
             adapter = self.adapters[name]
@@ -163,7 +160,14 @@ class LoRANetwork:
         if absent := [name for name in self.adapters if name not in weights]:
             log.warning(f"{source} lacks {len(absent)} modules of this run ({_some(absent)}); they start untrained")
 
-    def _check_sizes(self, weights: Mapping[str, LoRAWeights], source: str) -> None:
+    def check(self, weights: Mapping[str, LoRAWeights], source: str = "the LoRA file") -> None:
+        """Raise `CheckpointError` if a file has a module without an adapter here, another rank or other sizes."""
+        if unknown := [name for name in weights if name not in self.adapters]:
+            raise CheckpointError(
+                f"{source} holds {len(unknown)} modules that this run does not train ({_some(unknown)}), and their "
+                "training would be lost; change include_patterns and exclude_patterns, or merge the file with "
+                "--base_weights"
+            )
         for name, given in weights.items():
             adapter = self.adapters[name]
             if given.rank != adapter.rank:

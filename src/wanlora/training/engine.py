@@ -18,6 +18,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
 from wanlora.config.train import RunConfig
+from wanlora.foundation.devices import find_device
 from wanlora.foundation.dtypes import dtype_name, parse_dtype
 from wanlora.foundation.errors import ConfigError
 from wanlora.foundation.log import say_once
@@ -38,11 +39,13 @@ class Engine:
     ) -> "Engine":
         """Join the processes that the launcher started. Raises `ConfigError` if they do not find each other."""
         refuse_lonely_ranks_before_joining()
-        wants_cpu = config.device == "cpu" or not torch.cuda.is_available()
+        device = find_device(config.device)
+        if device.index is not None:
+            torch.cuda.set_device(device)  # the process takes the current card; a launcher gives each its own
         timeout = timedelta(minutes=config.ddp_timeout) if config.ddp_timeout else timedelta(minutes=30)
         accelerator = Accelerator(
             mixed_precision="no",  # the model states its own number formats; autocast would hide them
-            cpu=wants_cpu,
+            cpu=device.type == "cpu",
             log_with=log_with or None,
             project_dir=None if logging_dir is None else str(logging_dir),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],

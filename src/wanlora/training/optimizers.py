@@ -6,8 +6,9 @@ optimizer class works as well. Optional packages are imported when their optimiz
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,8 +56,24 @@ def _adamw() -> Maker:
 def _adamw8bit() -> Maker:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("--optimizer_type adamw8bit needs bitsandbytes: pip install bitsandbytes; or use adamw")
-    maker: Maker = importlib.import_module("bitsandbytes.optim").AdamW8bit
+    with _without_notes_on_cpu_kernels():
+        maker: Maker = importlib.import_module("bitsandbytes.optim").AdamW8bit
     return maker
+
+
+@contextmanager
+def _without_notes_on_cpu_kernels() -> Iterator[None]:
+    """While it is imported, bitsandbytes warns that it did not find a 4-bit CPU kernel, which nothing here uses."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.addFilter(_names_no_cpu_kernel)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_names_no_cpu_kernel)
+
+
+def _names_no_cpu_kernel(record: logging.LogRecord) -> bool:
+    return "gemm_4bit" not in record.getMessage()
 
 
 @OPTIMIZERS.register("adafactor")

@@ -4,7 +4,6 @@ Files are opened for their headers only; each check leaves its finding among the
 that one attempt shows the user everything there is to mend.
 """
 
-import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,26 +11,29 @@ from pathlib import Path
 
 import torch
 
+from wanlora.config.checks import check_paths
 from wanlora.config.dataset import read_datasets
 from wanlora.config.prompts import read_prompts
-from wanlora.config.train import ModelConfig, NetworkConfig, SavingConfig, TrainConfig
+from wanlora.config.train import ModelConfig, SavingConfig, TrainConfig
 from wanlora.data.checks import check_caches
 from wanlora.data.plan import DataPlan, plan_datasets
 from wanlora.diffusion.timesteps import TimestepPlan, build_plan
+from wanlora.foundation.devices import find_device
 from wanlora.foundation.errors import CheckpointError, ConfigError, Problems
 from wanlora.foundation.log import log, say_once
 from wanlora.foundation.tensor_files import open_tensors
 from wanlora.generation.requests import PreviewRequest, resolve_all
-from wanlora.lora.files import read_lora, shapes_from_weights
-from wanlora.lora.targets import candidates, select_targets
 from wanlora.memory.placement import streamed_indexes
 from wanlora.models.attention import require_kernel
-from wanlora.models.wan.checkpoint import TransformerFile, check_task, inspect_transformer
+from wanlora.models.wan.checkpoint import TransformerFile, check_complete, check_task, inspect_transformer
 from wanlora.models.wan.recognise import describe, file_kind
-from wanlora.models.wan.spec import TASKS, WanSpec
+from wanlora.models.wan.spec import TASKS, WanSizes, WanSpec
 from wanlora.models.wan.text import load_tokenizer
 from wanlora.models.wan.transformer import WanTransformer
+from wanlora.training.engine import compute_dtype
+from wanlora.training.network_checks import choose_network, import_network
 from wanlora.training.optimizers import OptimizerChoice, choose_optimizer
+from wanlora.training.rates import ForeignRates
 from wanlora.training.schedules import build_schedule
 from wanlora.training.settings import timestep_settings
 from wanlora.training.state import RunRecord, latest_state, read_record
@@ -68,108 +70,98 @@ class Prepared:
     resume: Resume | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Network:
-    targets: tuple[str, ...]
-    partial: bool
-    ranks: Mapping[str, int] | None
-    alphas: Mapping[str, float] | None
-
-
 def prepare(config: TrainConfig) -> Prepared:
     """Check everything. Raises one error that lists every problem."""
     problems = Problems()
     found: dict[str, object] = {}
     with problems.collect():
-        found["plan"] = _plan(config, problems)
+        check_paths(config)
     with problems.collect():
-        found["transformer"] = transformer = _inspect(config.model)
+        import_network(config.network.network_module)
+    with problems.collect():
+        found["resume"] = _find_resume(config.saving)
+    sizes = _check_model(config, problems, found)
+    if _are_there(config.run.dataset_config):
         with problems.collect():
-            streamed_indexes(transformer.sizes.num_layers, config.memory.blocks_to_swap or 0)
-        network = _check_network(config.network, transformer)
-        found |= {name: getattr(network, name) for name in ("targets", "partial", "ranks", "alphas")}
+            found["plan"] = _plan(config, problems, sizes)
     with problems.collect():
         found["requests"] = _check_previews(config, problems)
     with problems.collect():
-        found["optimizer"] = optimizer = choose_optimizer(config.optimizer, config.optimizer.kwargs)
-        optimizer.build([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.0, "name": "trial"}])
-    with problems.collect():
-        build_schedule(config.schedule, total=1, base_rate=config.optimizer.learning_rate)
+        found["optimizer"] = _check_optimizer(config, problems)
     with problems.collect():
         found["timesteps"] = build_plan(**timestep_settings(config.timesteps))
-    with problems.collect():
-        found["resume"] = _find_resume(config.saving)
     for kernel in {config.attention.training_kernel, config.attention.preview_kernel}:
         with problems.collect():
             require_kernel(kernel)
     with problems.collect():
         wanted_trackers(config.logging)
         tracker_options(config.logging)
-    with problems.collect():
-        _check_output(config.saving)
+    _check_output(config, problems)
     problems.raise_all(ConfigError)
     return Prepared(task=TASKS[config.model.task], **found)  # type: ignore[arg-type]
 
 
-def _plan(config: TrainConfig, problems: Problems) -> DataPlan:
+def _are_there(*paths: Path | None) -> bool:
+    """Whether every path that is given exists; those that do not are named by `check_paths`."""
+    return all(path is None or path.exists() for path in paths)
+
+
+def _check_model(config: TrainConfig, problems: Problems, found: dict[str, object]) -> WanSizes | None:
+    """The transformer's file, and all that has to fit it; its sizes if they can be told."""
+    device = None
+    with problems.collect():
+        device = find_device(config.run.device)
+    if not _are_there(config.model.dit):
+        return None
+    with problems.collect():
+        transformer, blank = _inspect(config.model)
+        found["transformer"] = transformer
+        with problems.collect():
+            streamed_indexes(transformer.sizes.num_layers, config.memory.blocks_to_swap or 0)
+        if device is not None:
+            with problems.collect():
+                compute_dtype(config.run.mixed_precision, transformer.dtypes[0], device)
+        if _are_there(config.network.network_weights, *config.network.base_weights):
+            resume = found.get("resume")
+            assert resume is None or isinstance(resume, Resume)
+            choice = choose_network(config.network, blank, problems, state=resume.folder if resume else None)
+            found |= {name: getattr(choice, name) for name in ("targets", "partial", "ranks", "alphas")}
+        return transformer.sizes
+    return None
+
+
+def _inspect(model: ModelConfig) -> tuple[TransformerFile, WanTransformer]:
+    """What the file's header says, and the model without memory that it would fill."""
+    assert model.dit is not None
+    with open_tensors(model.dit) as source:
+        transformer = inspect_transformer(source)
+        check_task(transformer, model.task)
+        with torch.device("meta"):
+            blank = WanTransformer(transformer.sizes)
+        check_complete(source, transformer, blank)
+    return transformer, blank
+
+
+def _plan(config: TrainConfig, problems: Problems, sizes: WanSizes | None) -> DataPlan:
     assert config.run.dataset_config is not None
     plan = plan_datasets(read_datasets(config.run.dataset_config), sources_may_be_absent=True, write_index=False)
-    for problem in check_caches(plan):
+    channels, text_width = (sizes.in_channels, sizes.text_dim) if sizes else (None, None)
+    for problem in check_caches(plan, channels=channels, text_width=text_width):
         problems.add(problem)
     return plan
 
 
-def _inspect(model: ModelConfig) -> TransformerFile:
-    assert model.dit is not None
-    with open_tensors(model.dit) as source:
-        transformer = inspect_transformer(source)
-    check_task(transformer, model.task)
-    return transformer
-
-
-def _check_network(config: NetworkConfig, transformer: TransformerFile) -> _Network:
-    """Which modules are trained; that files of earlier LoRAs fit."""
-    _import_network(config.network_module)
-    with torch.device("meta"):
-        model = WanTransformer(transformer.sizes)
-    arguments = config.args
-    targets = select_targets(model, arguments.include_patterns, arguments.exclude_patterns)
-    modules = candidates(model)
-    for path, _ in config.merged_weights:
-        read_lora(path, modules)
-    ranks = alphas = None
-    if config.network_weights is not None:
-        if config.dim_from_weights:
-            ranks, alphas = shapes_from_weights(config.network_weights, modules)
-            targets = tuple(target for target in targets if target in ranks)
-        else:
-            _check_ranks(config, read_lora(config.network_weights, modules), targets)
-    return _Network(targets=targets, partial=set(targets) != set(modules), ranks=ranks, alphas=alphas)
-
-
-def _check_ranks(config: NetworkConfig, weights: Mapping[str, object], targets: tuple[str, ...]) -> None:
-    ranks = {int(getattr(weight, "rank")) for weight in weights.values()}  # noqa: B009
-    if ranks != {config.rank}:
-        listed = ", ".join(map(str, sorted(ranks)))
-        raise CheckpointError(
-            f"--network_weights {config.network_weights} has rank {listed}, this run --network_dim {config.rank}; "
-            f"use --network_dim {listed} or --dim_from_weights"
-        )
-    if unknown := sorted(set(weights) - set(targets)):
-        raise CheckpointError(
-            f"--network_weights {config.network_weights} adapts {len(unknown)} modules that this run leaves out "
-            f"({unknown[0]}, …); change include_patterns and exclude_patterns, or merge the file with --base_weights"
-        )
-
-
-def _import_network(name: str | None) -> None:
-    """The module must be the one that makes LoRAs for Wan."""
-    try:
-        module = importlib.import_module(name or "")
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"--network_module {name} cannot be imported ({error}); use networks.lora_wan") from error
-    if not hasattr(module, "inject"):
-        raise ConfigError(f"--network_module {name} makes no LoRA for Wan; use networks.lora_wan")
+def _check_optimizer(config: TrainConfig, problems: Problems) -> OptimizerChoice:
+    """The optimizer and its schedule, tried on one number."""
+    schedule = config.schedule
+    if schedule.lr_scheduler_type is None:
+        with problems.collect():
+            build_schedule(schedule, total=1, base_rate=config.optimizer.learning_rate)
+    choice = choose_optimizer(config.optimizer, config.optimizer.kwargs)
+    trial = choice.build([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": choice.arguments["lr"], "name": "x"}])
+    if schedule.lr_scheduler_type is not None:
+        ForeignRates(trial, schedule.lr_scheduler_type, schedule.kwargs)
+    return choice
 
 
 def _check_previews(config: TrainConfig, problems: Problems) -> tuple[PreviewRequest, ...]:
@@ -180,10 +172,14 @@ def _check_previews(config: TrainConfig, problems: Problems) -> tuple[PreviewReq
         return ()
     assert model.vae is not None and model.t5 is not None
     for flag, path in (("--vae", model.vae), ("--t5", model.t5)):
+        if _are_there(path):
+            with problems.collect():
+                _require_kind(path, flag)
+    if _are_there(model.tokenizer, model.t5):
         with problems.collect():
-            _require_kind(path, flag)
-    with problems.collect():
-        load_tokenizer(model.tokenizer, model.t5, model.offline)
+            load_tokenizer(model.tokenizer, model.t5, model.offline)
+    if not _are_there(previews.sample_prompts):
+        return ()
     return resolve_all(read_prompts(previews.sample_prompts), TASKS[model.task])
 
 
@@ -212,16 +208,24 @@ def _find_resume(saving: SavingConfig) -> Resume | None:
     return Resume(folder=folder, record=read_record(folder))
 
 
-def _check_output(saving: SavingConfig) -> None:
-    """The folder can be written to; what a run of this name left there is announced."""
+def _check_output(config: TrainConfig, problems: Problems) -> None:
+    """The folders can be written to; what a run of this name left there is announced."""
+    saving = config.saving
     assert saving.output_dir is not None and saving.output_name is not None
-    existing = next(folder for folder in (saving.output_dir, *saving.output_dir.absolute().parents) if folder.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"--output_dir {saving.output_dir}: {existing} is a file; choose another folder")
-    if not os.access(existing, os.W_OK):
-        raise ConfigError(f"--output_dir {saving.output_dir} cannot be written to; choose another folder")
+    for flag, folder in (("--output_dir", saving.output_dir), ("--logging_dir", config.logging.logging_dir)):
+        if folder is not None:
+            with problems.collect():
+                _require_writable(flag, folder)
     final = saving.output_dir / f"{saving.output_name}.safetensors"
     if final.exists() and saving.resume is None:
         say_once(
             f"{final} exists and will be replaced when this run is finished; files of the same step or epoch likewise"
         )
+
+
+def _require_writable(flag: str, folder: Path) -> None:
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{flag} {folder}: {existing} is a file; choose another folder")
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"{flag} {folder} cannot be written to; choose another folder")

@@ -6,13 +6,13 @@ transformers' `SchedulerType` and of musubi; Rex follows https://arxiv.org/abs/2
 path is the exception: it keeps its own state, which is saved.
 """
 
-import ast
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from wanlora.config.train import ScheduleConfig
-from wanlora.foundation.errors import ConfigError
+from wanlora.foundation.errors import ConfigError, did_you_mean
 from wanlora.foundation.registry import Registry
 
 Factor = Callable[[int], float]
@@ -149,7 +149,7 @@ def build_schedule(config: ScheduleConfig, *, total: int, base_rate: float, cons
     """The factor that the flags ask for; `constant_rate` is for optimizers that schedule themselves."""
     if constant_rate:
         return constant(Span(total=total))
-    arguments = dict(pair.split("=", 1) for pair in config.lr_scheduler_args)
+    arguments = config.kwargs
     if config.lr_scheduler == "piecewise_constant":
         if "step_rules" not in arguments:
             raise ConfigError(
@@ -167,12 +167,20 @@ def build_schedule(config: ScheduleConfig, *, total: int, base_rate: float, cons
         base_rate=base_rate,
     )
     if config.lr_scheduler == "rex":
-        return rex(
-            span, **{key.removeprefix("rex_"): float(ast.literal_eval(value)) for key, value in arguments.items()}
-        )
+        return rex(span, **_rex_arguments(arguments))
     if arguments:
         raise ConfigError(f"--lr_scheduler_args {' '.join(arguments)}: {config.lr_scheduler} takes none; remove them")
     return SCHEDULES.get(config.lr_scheduler)(span)
+
+
+def _rex_arguments(arguments: Mapping[str, Any]) -> dict[str, float]:
+    known = ("rex_alpha", "rex_beta")
+    for key, value in arguments.items():
+        if key not in known:
+            raise ConfigError(f"--lr_scheduler_args {key}: rex takes rex_alpha and rex_beta{did_you_mean(key, known)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise ConfigError(f"--lr_scheduler_args {key} must be a number above 0, got {value!r}")
+    return {key.removeprefix("rex_"): float(value) for key, value in arguments.items()}
 
 
 def in_steps(amount: int | float, total: int) -> int:

@@ -26,7 +26,8 @@ from wanlora.training.position import Position
 
 FORMAT = "wanlora state 1"
 STATE_SUFFIX = "-state"
-_RUN, _ADAPTER, _OPTIMIZER = "run.json", "model.safetensors", "optimizer.bin"
+ADAPTER = "model.safetensors"
+_RUN, _OPTIMIZER = "run.json", "optimizer.bin"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +70,7 @@ def save_state(
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir()
-        save_tensors(temporary / _ADAPTER, adapter)
+        save_tensors(temporary / ADAPTER, adapter)
         parts = {"optimizer": dict(optimizer), "rates": dict(rates), "scaler": dict(scaler)}
         torch.save(parts, temporary / _OPTIMIZER)
         write_json(temporary / _RUN, {"format": FORMAT, **asdict(record)})
@@ -100,7 +101,7 @@ def read_record(folder: Path) -> RunRecord:
 def load_state(folder: Path) -> SavedState:
     """Read a whole state. Raises `CheckpointError`."""
     record = read_record(folder)
-    with open_tensors(folder / _ADAPTER) as source:
+    with open_tensors(folder / ADAPTER) as source:
         adapter = {name: source.read(name).clone() for name in source.names}
     try:
         parts = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)

@@ -141,7 +141,7 @@ def load_transformer(
         check_task(file, task)
         with torch.device("meta"):
             model = WanTransformer(file.sizes, compute_dtype=dtype, residual_dtype=residual_dtype, attention=attention)
-        _check_complete(source, file, model)
+        check_complete(source, file, model)
         with _progress_bar(source, file, progress) as bar:
             for name, stored in file.tensors.items():
                 tensor, scale = _read(source, file, name, torch.device(device), adjust)
@@ -190,8 +190,8 @@ def _dtypes_by_share(source: TensorSource, tensors: Mapping[str, str]) -> tuple[
     return tuple(dtype for dtype, _ in shares.most_common())
 
 
-def _check_complete(source: TensorSource, file: TransformerFile, model: WanTransformer) -> None:
-    """Every parameter has its tensor, of its shape; no tensor and no scale is left over."""
+def check_complete(source: TensorSource, file: TransformerFile, model: WanTransformer) -> None:
+    """Raise `CheckpointError` unless every parameter has its tensor, of its shape, and nothing is left over."""
     what = f"{FAMILIES[file.family]} of {file.sizes.num_layers} blocks"
     require_names(file.path, what, model.state_dict(), file.tensors.keys() | file.scales.keys())
     require_shapes(source, what, model, file.tensors)
