@@ -1,11 +1,12 @@
 """Fixtures that tests of every room may use. What a session fixture gives is shared: copy it before changing it."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.runs import TrainingFolder, make_training_data
+from tests.runs import TrainingFolder, make_training_data, widen
 from tests.tiny import TinyDataset, TinyWan, copy_dataset, make_tiny_dataset, make_tiny_wan
 
 
@@ -33,13 +34,19 @@ def _training_media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def _float32_models(tiny_models: TinyWan) -> TinyWan:
+    """The same, with a transformer in float32."""
+    return replace(tiny_models, dit=widen(tiny_models.dit, tiny_models.dit.with_stem("wan_tiny_t2v_fp32")))
+
+
 @pytest.fixture
 def training_folder(
-    _training_media: Path, tiny_models: TinyWan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    _training_media: Path, _float32_models: TinyWan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> TrainingFolder:
     """A folder of this test's own in which everything is cached and the trainer can start."""
     folder = tmp_path / "training"
     shutil.copytree(_training_media, folder)
     toml = folder / "dataset.toml"
     toml.write_text(toml.read_text().replace(_training_media.as_posix(), folder.as_posix()))
-    return TrainingFolder(folder=folder, models=tiny_models, capture=capsys)
+    return TrainingFolder(folder=folder, models=_float32_models, capture=capsys)

@@ -16,6 +16,7 @@ from wanlora.data.cache_files import write_latents, write_text
 from wanlora.data.plan import plan_datasets
 from wanlora.foundation.files import fingerprint
 from wanlora.foundation.files import write_text as write_plain_text
+from wanlora.foundation.tensor_files import open_tensors, save_tensors
 from wanlora.quickstart.media import SCENES, write_clip, write_picture
 from wanlora.quickstart.tiny_model import TEXT_DIM
 
@@ -83,6 +84,13 @@ def make_training_data(folder: Path) -> None:
             write_plain_text(folder / kind / f"{scene.name}.txt", scene.caption)
     write_plain_text(folder / "dataset.toml", _TOML.format(folder=folder.as_posix()))
     fill_caches(folder / "dataset.toml")
+
+
+def widen(path: Path, target: Path) -> Path:
+    """A float32 copy of a checkpoint, so that maths without mixed precision are float32."""
+    with open_tensors(path) as source:
+        save_tensors(target, {name: source.read(name).float() for name in source.names})
+    return target
 
 
 def fill_caches(toml: Path) -> None:

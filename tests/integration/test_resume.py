@@ -43,9 +43,9 @@ def test_three_steps_and_three_more_equal_six(
     training_folder: TrainingFolder, first_stop: int, extra: list[str]
 ) -> None:
     whole = training_folder.arguments("whole", *extra, "--max_train_steps", str(TOTAL), "--save_state")
-    run_in_a_new_process(whole)
+    training_folder.train(whole)
     parts = training_folder.arguments("parts", *extra, "--max_train_steps", str(TOTAL), "--save_state")
-    run_in_a_new_process([*parts, "--save_every_n_steps", str(first_stop)])
+    training_folder.train([*parts, "--save_every_n_steps", str(first_stop)])
     state = training_folder.output / f"parts-step{first_stop:08d}-state"
     # The second half is trained once more from the middle, by a process that knows only what was saved.
     (training_folder.output / "parts.safetensors").unlink()

@@ -117,6 +117,8 @@ class RunConfig(Checked):
     """Allow TF32 in float32 matmuls and convolutions."""
     cuda_cudnn_benchmark: bool = False
     """Let cuDNN measure which convolution is fastest."""
+    deterministic: bool = False
+    """Let the GPU compute in a fixed order, so that runs repeat bit for bit; slower."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ import time
 import torch
 
 from wanlora.lora.network import LoRANetwork
-from wanlora.memory.measure import peak_memory
+from wanlora.memory.measure import peak_memory, reset_peak
 
 
 class AfterStep:
@@ -18,7 +18,7 @@ class AfterStep:
         self.last = time.perf_counter()
 
     def __call__(self) -> dict[str, float]:
-        """Limit the norms if asked; seconds since the last call, and the card's peak memory in GiB."""
+        """Limit the norms if asked; seconds since the last call, and the card's peak memory since then in GiB."""
         values: dict[str, float] = {}
         if self.max_norm is not None:
             stats = self.network.scale_weight_norms(self.max_norm)
@@ -31,4 +31,5 @@ class AfterStep:
         values["seconds"], self.last = now - self.last, now
         if self.device.type == "cuda":
             values["memory/peak_gib"] = peak_memory(self.device)
+            reset_peak(self.device)
         return values

@@ -246,3 +246,6 @@ def set_backends(config: RunConfig) -> None:
         torch.backends.cudnn.allow_tf32 = True
     if config.cuda_cudnn_benchmark:
         torch.backends.cudnn.benchmark = True
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
