@@ -116,8 +116,13 @@ def _next_run(out: Path) -> Path:
 
 
 def _environment() -> dict[str, str]:
-    """Programs that are started find the modules that this process finds, installed or not."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join(folder or os.curdir for folder in sys.path)}
+    """Programs that are started find the modules that this process finds, installed or not.
+
+    They use one thread each unless the user says otherwise, as under `accelerate launch
+    --num_cpu_threads_per_process 1`: tensors this small only lose by being shared between cores.
+    """
+    modules = os.pathsep.join(folder or os.curdir for folder in sys.path)
+    return {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": modules}
 
 
 def _shown(step: Step) -> str:

@@ -5,8 +5,10 @@ last layers are scaled so that its latents and pictures have the usual spread. N
 anywhere shows in the output. The same seed gives the same files.
 """
 
+import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from wanlora.foundation.files import atomic_path
+from wanlora.foundation.files import write_bytes
 from wanlora.foundation.random import Streams
 from wanlora.foundation.tensor_files import save_tensors
 from wanlora.models.wan.spec import WanSizes
@@ -60,9 +62,11 @@ def make_tiny_wan(folder: Path, seed: int = 0) -> TinyWan:
     streams = Streams(seed)
     write_tokenizer(files.tokenizer)
     save_tensors(files.dit, _in_bf16(transformer_weights(streams)))
-    save_tensors(files.vae, _vae_weights(streams))
-    with atomic_path(files.t5) as temporary:
-        torch.save(_in_bf16(text_weights(streams)), temporary)
+    with _one_thread():
+        save_tensors(files.vae, _vae_weights(streams))
+    content = io.BytesIO()  # saved to a path, the name of the file would become part of it
+    torch.save(_in_bf16(text_weights(streams)), content)
+    write_bytes(files.t5, content.getvalue())
     return files
 
 
@@ -98,6 +102,17 @@ def _vae_weights(streams: Streams) -> Tensors:
     assert isinstance(last, nn.Conv3d)
     _scale_outputs(last, factor=factor, offset=-shown.mean(dim=1) * factor)
     return vae.state_dict()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums come out the same however many threads the process may use."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _clips() -> Tensor:
