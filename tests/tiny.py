@@ -1,6 +1,6 @@
 """The quickstart's tiny Wan and clips, for tests: real files in the official formats, random weights.
 
-Fixtures of the same content are in `conftest.py`: `tiny_models`, `tiny_dataset`, `cached_dataset`.
+Fixtures of the same content are in `conftest.py`: `tiny_models`, `tiny_dataset`.
 """
 
 import shutil

@@ -1,6 +1,7 @@
 """From pixels to latents, in batches."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class LatentEncoder:
         Raises `MemoryPlanError` if the device's memory does not suffice.
         """
         try:
-            with torch.backends.cudnn.flags(enabled=self._cudnn):
+            with nullcontext() if self._cudnn else torch.backends.cudnn.flags(enabled=False):
                 latents_BCFHW = self._vae.encode(to_pixels(clips))
         except torch.OutOfMemoryError as error:
             frames, height, width = clips[0].shape[:3]
