@@ -8,8 +8,11 @@ from tokenizers import Tokenizer
 
 from tests.tiny import TinyWan, make_tiny_wan
 from wanlora.foundation.tensor_files import open_tensors
+from wanlora.models.wan.checkpoint import load_transformer
 from wanlora.models.wan.recognise import file_kind
 from wanlora.models.wan.spec import WanSizes
+from wanlora.models.wan.text import TextEncoder, load_tokenizer
+from wanlora.models.wan.umt5 import load_umt5
 from wanlora.models.wan.vae import load_vae
 from wanlora.quickstart.media import SCENES
 from wanlora.quickstart.tiny_model import SIZES
@@ -32,6 +35,25 @@ def test_the_transformer_has_the_official_structure(tiny_models: TinyWan) -> Non
         assert {source.dtype(name) for name in source.names} == {torch.bfloat16}
         assert all(source.read(name).any() for name in source.names)
     assert SIZES.num_layers > 10 and SIZES.num_heads == 1
+
+
+def test_the_transformer_loads_and_its_velocity_has_the_size_of_noise(tiny_models: TinyWan) -> None:
+    model = load_transformer(tiny_models.dit, "t2v-14B", device="cpu", dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    x, text = torch.randn(2, 16, 2, 4, 6, generator=generator), torch.randn(7, SIZES.text_dim, generator=generator)
+    velocity = model(x, torch.tensor([900.0, 100.0]), [text, text])
+    assert velocity.shape == x.shape
+    assert 0.3 < velocity.std() < 3
+    assert not torch.allclose(velocity, model(x, torch.tensor([900.0, 100.0]), [-text, text]))
+
+
+def test_the_text_encoder_loads_and_tells_captions_apart(tiny_models: TinyWan) -> None:
+    tokenizer = load_tokenizer(None, tiny_models.t5, offline=True)
+    encoder = TextEncoder(load_umt5(tiny_models.t5, device="cpu"), tokenizer)
+    first, second = encoder.encode(["A red circle", "A green circle"])
+    assert first.shape == second.shape and first.shape[1] == SIZES.text_dim
+    assert 0.3 < first.float().std() < 3
+    assert not torch.allclose(first, second)
 
 
 def test_the_files_do_not_depend_on_the_number_of_threads(tiny_models: TinyWan, tmp_path: Path) -> None:
