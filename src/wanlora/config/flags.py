@@ -10,7 +10,7 @@ from typing import Any
 
 from wanlora.config.arguments import Command, answer, later_task, read_arguments
 from wanlora.config.caching import LatentCacheConfig, TextCacheConfig
-from wanlora.config.checks import check_latent_cache, check_text_cache, check_train
+from wanlora.config.checks import check_latent_cache, check_paths, check_text_cache, check_train
 from wanlora.config.dataset import ImageDatasetConfig, VideoDatasetConfig, dataset_kinds
 from wanlora.config.fields import groups_of, settings_of
 from wanlora.config.musubi import MEANS_DEFAULT
@@ -33,7 +33,7 @@ def parse_latent_cache(argv: Sequence[str]) -> LatentCacheConfig:
     values = read_arguments(LATENT_CACHE, argv, problems)
     config = LatentCacheConfig(**_right(values))
     check_latent_cache(config, values.keys(), problems)
-    problems.raise_all()
+    _raise_all(config, problems)
     return config
 
 
@@ -43,7 +43,7 @@ def parse_text_cache(argv: Sequence[str]) -> TextCacheConfig:
     values = read_arguments(TEXT_CACHE, argv, problems)
     config = TextCacheConfig(**_right(values))
     check_text_cache(config, values.keys(), problems)
-    problems.raise_all()
+    _raise_all(config, problems)
     return config
 
 
@@ -61,8 +61,16 @@ def parse_train(argv: Sequence[str], choices: Mapping[str, Sequence[str]]) -> Tr
             values = {**_read_config_file(command, Path(file), problems), **values}
     config = _train_config(_right(values), problems)
     check_train(config, values.keys(), problems)
-    problems.raise_all()
+    _raise_all(config, problems)
     return config
+
+
+def _raise_all(config: Any, problems: Problems) -> None:
+    """Raise if something is wrong; files that are not there are then named as well."""
+    if problems:
+        with problems.collect():
+            check_paths(config)
+    problems.raise_all()
 
 
 def _right(values: dict[str, Any]) -> dict[str, Any]:

@@ -112,8 +112,14 @@ def _caption(path: Path) -> str | None:
         return path.read_text(encoding="utf-8-sig").strip()
     except FileNotFoundError:
         return None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> DataError:
+    if isinstance(error, UnicodeDecodeError):
+        return DataError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8")
+    return DataError(f"{path} cannot be read ({error.strerror or error}); it must be a text file that may be opened")
 
 
 def _require_captions(sources: Iterable[Source], extension: str, where: str) -> None:
@@ -134,8 +140,8 @@ def _in_rows(path: Path, kind: Kind, where: str) -> tuple[Source, ...]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise DataError(f"{where}: {kind}_jsonl_file {path} does not exist; check the spelling") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
     problems = Problems()
     sources = list(_rows(lines, path, kind, problems))
     problems.raise_all(DataError)

@@ -5,7 +5,7 @@ with exit code 2. Anything else that escapes is a fault of the program and keeps
 """
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -13,6 +13,11 @@ class UserError(Exception):
     """Something the user can mend. The message is complete: what, where, how."""
 
     exit_code = 2
+
+    def __init__(self, message: str, parts: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.parts = tuple(parts) or (message,)
+        """The problems that the message lists; the message itself if it is about one."""
 
 
 class ConfigError(UserError):
@@ -47,11 +52,12 @@ class Problems:
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Record a `UserError` raised inside instead of letting it pass."""
+        """Record a `UserError` raised inside, problem by problem, instead of letting it pass."""
         try:
             yield
         except UserError as error:
-            self.add(str(error))
+            for part in error.parts:
+                self.add(part)
 
     def raise_all(self, kind: type[UserError] = ConfigError) -> None:
         """Raise one `kind` that lists every problem, if there is any."""
@@ -59,7 +65,7 @@ class Problems:
             raise kind(self.messages[0])
         if self.messages:
             listed = "\n".join(f"  {number}. {message}" for number, message in enumerate(self.messages, 1))
-            raise kind(f"{len(self.messages)} problems:\n{listed}")
+            raise kind(f"{len(self.messages)} problems:\n{listed}", self.messages)
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:

@@ -6,7 +6,7 @@ that one attempt shows the user everything there is to mend.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ from wanlora.models.wan.transformer import WanTransformer
 from wanlora.training.engine import compute_dtype
 from wanlora.training.network_checks import choose_network, import_network
 from wanlora.training.optimizers import OptimizerChoice, choose_optimizer
+from wanlora.training.position import Position
 from wanlora.training.rates import ForeignRates
 from wanlora.training.schedules import build_schedule
 from wanlora.training.settings import timestep_settings
@@ -68,6 +69,15 @@ class Prepared:
     """By module, from --dim_from_weights."""
     alphas: Mapping[str, float] | None = None
     resume: Resume | None = None
+
+    @property
+    def start(self) -> Position:
+        """Where the run begins. If the data have changed since the state was saved, the epoch in hand begins anew."""
+        if self.resume is None:
+            return Position()
+        record = self.resume.record
+        same = record.epoch_length == self.plan.num_batches
+        return record.position if same else replace(record.position, batch=0)
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -108,9 +118,8 @@ def _are_there(*paths: Path | None) -> bool:
 
 def _check_model(config: TrainConfig, problems: Problems, found: dict[str, object]) -> WanSizes | None:
     """The transformer's file, and all that has to fit it; its sizes if they can be told."""
-    device = None
     with problems.collect():
-        device = find_device(config.run.device)
+        compute_dtype(config.run.mixed_precision, torch.float32, find_device(config.run.device))
     if not _are_there(config.model.dit):
         return None
     with problems.collect():
@@ -118,9 +127,6 @@ def _check_model(config: TrainConfig, problems: Problems, found: dict[str, objec
         found["transformer"] = transformer
         with problems.collect():
             streamed_indexes(transformer.sizes.num_layers, config.memory.blocks_to_swap or 0)
-        if device is not None:
-            with problems.collect():
-                compute_dtype(config.run.mixed_precision, transformer.dtypes[0], device)
         if _are_there(config.network.network_weights, *config.network.base_weights):
             resume = found.get("resume")
             assert resume is None or isinstance(resume, Resume)
@@ -152,13 +158,14 @@ def _plan(config: TrainConfig, problems: Problems, sizes: WanSizes | None) -> Da
 
 
 def _check_optimizer(config: TrainConfig, problems: Problems) -> OptimizerChoice:
-    """The optimizer and its schedule, tried on one number."""
+    """The optimizer and its schedule, tried on one small matrix."""
     schedule = config.schedule
     if schedule.lr_scheduler_type is None:
         with problems.collect():
             build_schedule(schedule, total=1, base_rate=config.optimizer.learning_rate)
     choice = choose_optimizer(config.optimizer, config.optimizer.kwargs)
-    trial = choice.build([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": choice.arguments["lr"], "name": "x"}])
+    matrix = torch.nn.Parameter(torch.zeros(2, 2))
+    trial = choice.build([{"params": [matrix], "lr": choice.arguments["lr"], "name": "unet"}])
     if schedule.lr_scheduler_type is not None:
         ForeignRates(trial, schedule.lr_scheduler_type, schedule.kwargs)
     return choice

@@ -55,7 +55,10 @@ class ForeignRates:
             scheduler_class = getattr(importlib.import_module(module_name or "torch.optim.lr_scheduler"), class_name)
             self.scheduler = scheduler_class(optimizer, **arguments)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise ConfigError(f"--lr_scheduler_type {path} with {arguments}: {error}") from error
+            given = " ".join(f"{key}={value}" for key, value in arguments.items()) or "(none given)"
+            raise ConfigError(
+                f"--lr_scheduler_type {path} cannot be made ({error}); check the name and --lr_scheduler_args {given}"
+            ) from error
 
     def before(self, step: int) -> None:
         """Advance the scheduler, except before the first step, whose rates it set when it was made."""

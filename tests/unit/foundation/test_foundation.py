@@ -1,6 +1,7 @@
 """Values, errors, files and randomness."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,16 @@ def test_a_registry_answers_an_unknown_name_with_the_nearest() -> None:
 
 def test_ranks_share_work_without_gaps() -> None:
     assert [list(Rank(index, 2).share([1, 2, 3])) for index in range(2)] == [[1, 3], [2]]
+
+
+def test_lists_of_problems_become_one_list() -> None:
+    inner, outer = Problems(), Problems()
+    inner.add("first")
+    inner.add("second")
+    outer.add("zeroth")
+    with outer.collect():
+        inner.raise_all(DataError)
+    with pytest.raises(ConfigError) as caught:
+        outer.raise_all(ConfigError)
+    assert caught.value.parts == ("zeroth", "first", "second")
+    assert str(pickle.loads(pickle.dumps(caught.value))) == "3 problems:\n  1. zeroth\n  2. first\n  3. second"
