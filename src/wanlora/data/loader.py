@@ -5,6 +5,7 @@ epochs and seeds and can live through the whole run. A worker that cannot read a
 batch, and it is raised where the batch is used, without the worker's traceback around it.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -60,6 +61,11 @@ class BatchLoader(DataLoader[Any]):
             yield batch
 
 
+def _leave_ctrl_c_to_training(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; training decides when it acts, and may want another batch first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def make_loader(
     plan: DataPlan,
     specs: Sequence[BatchSpec] = (),
@@ -78,5 +84,6 @@ def make_loader(
         persistent_workers=persistent and num_workers > 0,
         pin_memory=pin_memory,
         multiprocessing_context=multiprocessing_context if num_workers > 0 else None,
+        worker_init_fn=_leave_ctrl_c_to_training,
         generator=torch.Generator().manual_seed(0),  # or the loader would draw from the global one
     )

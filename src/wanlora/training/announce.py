@@ -39,6 +39,11 @@ def announce(config: TrainConfig, prepared: Prepared) -> None:
         log.info(
             f"resuming {prepared.resume.folder}: {done.epoch} epochs and {done.batch} batches done, step {done.step}"
         )
+        if record.epoch_length != prepared.plan.num_batches:
+            log.warning(
+                f"the dataset has changed: {prepared.plan.num_batches} batches an epoch instead of "
+                f"{record.epoch_length}; epoch {done.epoch + 1} begins anew"
+            )
         changed = differences(record.settings, decisive_settings(config))
         if changed:
             log.warning(f"the resumed run differs from the saved one: {'; '.join(changed)}")

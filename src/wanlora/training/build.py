@@ -23,7 +23,7 @@ from wanlora.memory.checkpointing import Recompute
 from wanlora.memory.compile import compile_blocks, missing_compiler
 from wanlora.memory.placement import RestingPlace, streamed_indexes
 from wanlora.memory.streaming import BlockStream
-from wanlora.models.wan.checkpoint import Install, install_parameter, load_transformer
+from wanlora.models.wan.checkpoint import load_transformer
 from wanlora.models.wan.transformer import WanTransformer
 from wanlora.quantization.installer import Fp8Installer
 from wanlora.training.engine import compute_dtype
@@ -97,7 +97,7 @@ def _load(
         device=device,
         dtype=dtype,
         adjust=adjust,
-        install=fp8 or _install_at(place),
+        install=fp8 or place.install,
         residual_dtype=residual_dtype(memory),
         attention=config.attention.training_kernel,
         progress=not quiet,
@@ -108,16 +108,6 @@ def _load(
         log.info(line)
     log.info(f"maths in {dtype_name(dtype)}, residual stream in {dtype_name(model.residual_dtype)}")
     return model
-
-
-def _install_at(place: RestingPlace) -> Install:
-    """Full-width weights, each where it rests."""
-
-    def install(model: WanTransformer, name: str, tensor: Tensor, scale: Tensor | None) -> None:
-        rest = place(name)
-        install_parameter(model, name, tensor.to(rest), None if scale is None else scale.to(rest))
-
-    return install
 
 
 def residual_dtype(config: MemoryConfig) -> torch.dtype:

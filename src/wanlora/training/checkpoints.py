@@ -2,10 +2,10 @@
 
 Names are those musubi's users know: `style-000003.safetensors` after epoch 3, `style-step00001500.safetensors` after
 step 1500, `style.safetensors` at the end; a state is a folder of the same name with `-state`. An older file is removed
-only after a newer one has been written and read back, and only if this run (or the run it resumes) wrote it.
+only after a newer one has been written and read back, and only if this run (or the run it resumes) wrote it. A disk
+that is full in the middle of a run does not end it.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 from wanlora.config.train import SavingConfig
 from wanlora.foundation.log import log
 from wanlora.training.position import Position
-from wanlora.training.state import STATE_SUFFIX
+from wanlora.training.state import STATE_SUFFIX, remove_state
 
 SaveModel = Callable[[Path, Position], None]
 SaveState = Callable[[Path, Position, list[str]], None]
@@ -49,24 +49,32 @@ class Checkpoints:
         self.save_state = save_state
         self.total_steps = total_steps
         self.saved = saved if saved is not None else []
+        self.last_state: tuple[Position, Path] | None = None
+        """The state written last, and what it holds."""
+        self.finished = False
+        """The last file of the run has been written."""
 
     def when_due(self, position: Position, *, epoch_ended: bool) -> None:
-        """Save what falls due at `position`; the end of the run has its own call."""
+        """Save what falls due at `position`: the finished run, or a file and a state on the way."""
         if position.step >= self.total_steps:
+            ends = self.config.save_state or self.config.save_state_on_train_end
+            self._write(self.name, position, with_state=ends)
+            self.finished = True
             return
         for due in self._due(position, epoch_ended):
-            self._write(due.stem, position, with_state=self.config.save_state)
-            self._retire(due)
-
-    def at_end(self, position: Position) -> None:
-        """Save the finished run."""
-        self._write(self.name, position, with_state=self.config.save_state or self.config.save_state_on_train_end)
+            try:
+                self._write(due.stem, position, with_state=self.config.save_state)
+            except OSError as error:
+                log.warning(f"{self.folder / due.stem} could not be saved ({error}); training goes on without it")
+            else:
+                self._retire(due)
 
     def when_stopped(self, position: Position) -> Path:
-        """Save an interrupted run, state included; returns the state's folder."""
-        stem = f"{self.name}-step{position.step:08d}"
-        self._write(stem, position, with_state=True)
-        return self.folder / f"{stem}{STATE_SUFFIX}"
+        """Save an interrupted run, state included, unless that has been done; returns the state's folder."""
+        if self.last_state is None or self.last_state[0] != position:
+            self._write(f"{self.name}-step{position.step:08d}", position, with_state=True)
+        assert self.last_state is not None
+        return self.last_state[1]
 
     def _due(self, position: Position, epoch_ended: bool) -> list[Due]:
         due = []
@@ -83,13 +91,13 @@ class Checkpoints:
         self._remember(path.name)
         if with_state:
             folder = self.folder / f"{stem}{STATE_SUFFIX}"
+            self.save_state(folder, position, [*self.saved, folder.name])
             self._remember(folder.name)
-            self.save_state(folder, position, self.saved)
+            self.last_state = position, folder
             log.info(f"saved {folder}")
 
     def _remember(self, name: str) -> None:
-        if name not in self.saved:
-            self.saved.append(name)
+        self.saved = [*(saved for saved in self.saved if saved != name), name]
 
     def _retire(self, due: Due) -> None:
         """Remove what is older than the flags keep."""
@@ -115,11 +123,16 @@ class Checkpoints:
         return int(digits) if name.startswith(prefix) and digits.isdigit() else None
 
     def _remove(self, name: str) -> None:
+        """Remove a file or a state; one that another program holds open stays, and the next save tries again."""
         path = self.folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        try:
+            if path.is_dir():
+                remove_state(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning(f"{path} could not be removed ({error}); newer files take its place all the same")
+            return
         self.saved.remove(name)
         log.info(f"removed {path}: newer ones take its place")
 

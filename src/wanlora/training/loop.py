@@ -5,15 +5,17 @@ from dataclasses import dataclass
 
 from wanlora.data.dataset import Batch
 from wanlora.data.order import BatchSpec
+from wanlora.foundation.errors import UserError
 from wanlora.foundation.log import log
 from wanlora.foundation.ranks import Rank
 from wanlora.training.after_step import AfterStep
 from wanlora.training.checkpoints import Checkpoints
+from wanlora.training.interrupts import Interrupts
 from wanlora.training.metrics import Metrics
 from wanlora.training.optimizers import learning_rates
 from wanlora.training.position import Position, StepBatches, indexes_left, steps_left
 from wanlora.training.previews import Previews
-from wanlora.training.step import IndexedBatch, StepReport, TrainingStep
+from wanlora.training.step import IndexedBatch, TrainingStep
 
 EpochOrder = Callable[[int], tuple[BatchSpec, ...]]
 """The batches of an epoch, in order."""
@@ -64,6 +66,7 @@ class Trainer:
         metrics: Metrics,
         previews: Previews,
         checkpoints: Checkpoints | None,
+        interrupts: Interrupts,
         position: Position,
         total_steps: int,
     ) -> None:
@@ -73,49 +76,69 @@ class Trainer:
         self.metrics = metrics
         self.previews = previews
         self.checkpoints = checkpoints
+        self.interrupts = interrupts
         self.position = position
         self.total_steps = total_steps
+        self.first_step = position.step
+        self.updating = False
+        """The weights are being changed: they belong to no position."""
         self.working_on = "the model"
         """The size being trained on, for a message if memory runs out."""
         self.working_names: tuple[str, ...] = ()
 
     def train(self) -> None:
-        """Train, save and preview; on Ctrl-C save what is there, then stop."""
-        try:
-            self.previews.at_first(self.position)
-            while self.position.step < self.total_steps:
-                self._train_epoch()
-        except KeyboardInterrupt:
-            self._stop()
-            raise
-        finally:
-            self.metrics.close()
-        if self.checkpoints:
-            self.checkpoints.at_end(self.position)
+        """Train, save and preview. Whatever ends the run early, what has been trained is kept."""
+        with self.interrupts:
+            try:
+                self.previews.at_first(self.position)
+                while self.position.step < self.total_steps:
+                    self._train_epoch()
+            except KeyboardInterrupt:
+                self._keep()
+                self.interrupts.engine.wait()  # a launcher kills all processes when the first one leaves
+                raise
+            except Exception:
+                self._keep()
+                raise
+            finally:
+                self.metrics.close()
 
     def _train_epoch(self) -> None:
         for work in self.feed.rest_of_epoch(self.position):
-            if work.share:
-                batch = work.share[-1].batch
-                self.working_on, self.working_names = str(batch.pixels), batch.names
-            report = self.step(work.share, self.position, work.num_batches)
             epoch = self.position.epoch
-            self.position = self.position.after(work.num_batches, epoch_length=work.epoch_length)
-            self._note(report)
+            self._train_step(work)
             ended = self.position.epoch > epoch
             if ended:
                 self.metrics.end_epoch(self.position)
             if self.checkpoints:
                 self.checkpoints.when_due(self.position, epoch_ended=ended)
+            self.interrupts.agree()
             self.previews.when_due(self.position, epoch_ended=ended)
             if self.position.step == self.total_steps:
                 return
 
-    def _note(self, report: StepReport) -> None:
-        self.metrics.record(report, self.position, self.after_step() | learning_rates(self.step.optimizer))
+    def _train_step(self, work: Work) -> None:
+        if work.share:
+            batch = work.share[-1].batch
+            self.working_on, self.working_names = str(batch.pixels), batch.names
+        report = self.step.measure(work.share, self.position, work.num_batches)
+        with self.interrupts.held():
+            self.updating = True
+            self.step.update(self.position)
+            after = self.after_step()
+            self.position = self.position.after(work.num_batches, epoch_length=work.epoch_length)
+            self.updating = False
+            self.metrics.record(report, self.position, after | learning_rates(self.step.optimizer))
 
-    def _stop(self) -> None:
-        """Keep an interrupted run."""
-        if self.checkpoints and self.position.step:
+    def _keep(self) -> None:
+        """Save a run that ends early, unless nothing was trained or the weights are those of half a step."""
+        if self.checkpoints is None or self.checkpoints.finished:
+            return
+        if self.updating or self.position.step == self.first_step:
+            return
+        try:
             folder = self.checkpoints.when_stopped(self.position)
+        except (UserError, OSError, RuntimeError) as error:
+            log.warning(f"what was trained since the last save is lost, because it cannot be saved: {error}")
+        else:
             log.info(f"stopped after step {self.position.step}; go on with --resume {folder} (or --resume latest)")

@@ -7,12 +7,14 @@ written so that it reads back exactly. A resumed run cuts it back to the step it
 import json
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from wanlora.foundation.files import write_text
+from wanlora.foundation.log import warn_once
 from wanlora.training.position import Position
 from wanlora.training.step import StepReport
 
@@ -29,13 +31,17 @@ class StepLog:
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one step; it is on its way to the disk when this returns."""
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """Append one step; it is on its way to the disk when this returns. A full disk does not end the run."""
+        try:
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            warn_once(f"{self.path} cannot be written ({error}); training goes on without it")
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ al., 2210.02747). Noise and noise levels of a batch depend on the seed, the epoc
 nothing else; they are drawn on the CPU, so that every device and every number of processes trains on the same numbers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,8 @@ from wanlora.foundation.shapes import LatentShape
 
 VelocityModel = Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor]
 """(x_BCFHW, timestep_B, text) -> velocity_BCFHW, float32."""
+BatchSizes = Callable[[int], Iterable[int]]
+"""epoch -> number of samples of each of its batches, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,26 +34,25 @@ class Noising:
 class Noise:
     """Which noise and noise levels each batch of each epoch gets."""
 
-    def __init__(self, streams: Streams, timesteps: TimestepPlan, *, epoch_length: int, largest_batch: int) -> None:
+    def __init__(self, streams: Streams, timesteps: TimestepPlan, batch_sizes: BatchSizes) -> None:
         self.streams = streams
         self.timesteps = timesteps
-        self.num_uniforms = epoch_length * largest_batch
-        self.largest_batch = largest_batch
-        self._uniforms: tuple[int, Tensor] | None = None
+        self.batch_sizes = batch_sizes
+        self._epoch: tuple[int, tuple[Tensor, ...]] | None = None
 
     def __call__(self, x0_BCFHW: Tensor, epoch: int, index: int) -> Noising:
         """The noising of batch `index` of `epoch`."""
         noise = torch.randn(x0_BCFHW.shape, generator=self.streams.generator("noise", epoch, index))
-        num, start = x0_BCFHW.shape[0], index * self.largest_batch
-        u_B = self._uniforms_of(epoch)[start : start + num]
-        return Noising(noise, self.timesteps.draw(num, LatentShape(*x0_BCFHW.shape[2:]), u_B=u_B))
+        u_B = self._uniforms(epoch)[index]
+        return Noising(noise, self.timesteps.draw(len(u_B), LatentShape(*x0_BCFHW.shape[2:]), u_B=u_B))
 
-    def _uniforms_of(self, epoch: int) -> Tensor:
-        """u for every sample of an epoch at once, so that buckets can spread them over the whole epoch."""
-        if self._uniforms is None or self._uniforms[0] != epoch:
-            generator = self.streams.generator("timesteps", epoch)
-            self._uniforms = (epoch, self.timesteps.uniforms(self.num_uniforms, generator))
-        return self._uniforms[1]
+    def _uniforms(self, epoch: int) -> tuple[Tensor, ...]:
+        """u for every batch of an epoch, drawn at once, so that buckets can spread them over the whole epoch."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            sizes = list(self.batch_sizes(epoch))
+            u = self.timesteps.uniforms(sum(sizes), self.streams.generator("timesteps", epoch))
+            self._epoch = (epoch, u.split(sizes))
+        return self._epoch[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ optimizer class works as well. Optional packages are imported when their optimiz
 
 import importlib
 import importlib.util
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -40,7 +41,7 @@ class OptimizerChoice:
         """The optimizer over `groups`. Raises `ConfigError` when it refuses its arguments."""
         try:
             return self.maker(groups, **self.arguments)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
             given = " ".join(f"{key}={value}" for key, value in self.arguments.items() if key != "lr")
             raise ConfigError(
                 f"--optimizer_type {self.name} refuses its arguments ({error}); check --optimizer_args {given}"
@@ -92,6 +93,10 @@ def choose_optimizer(config: OptimizerConfig, arguments: Mapping[str, Any]) -> O
         maker = OPTIMIZERS.get(name.lower())()
     else:
         maker = _dotted(name) if "." in name else _from_torch(name)
+    if _wants_closure(maker):
+        raise ConfigError(
+            f"--optimizer_type {name} evaluates the loss several times a step, which is not done here; use adamw8bit"
+        )
     constant = name.lower().endswith("schedulefree")
     if name.lower() == "adafactor" and chosen.get("relative_step", True):
         chosen |= {"relative_step": True, "lr": None}
@@ -101,6 +106,12 @@ def choose_optimizer(config: OptimizerConfig, arguments: Mapping[str, Any]) -> O
             "For a fixed rate add --optimizer_args relative_step=False scale_parameter=False warmup_init=False"
         )
     return OptimizerChoice(name=name, maker=maker, arguments=chosen, constant_rate=constant)
+
+
+def _wants_closure(maker: Maker) -> bool:
+    """Whether a step of the optimizer cannot be taken without calling the loss again."""
+    closure = inspect.signature(getattr(maker, "step")).parameters.get("closure")  # noqa: B009
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _from_torch(name: str) -> Maker:

@@ -60,3 +60,14 @@ def indexes_left(steps: Sequence[StepBatches], rank: Rank) -> list[int]:
 def steps_per_epoch(epoch_length: int, batches_per_step: int) -> int:
     """Optimizer steps in an epoch."""
     return -(-epoch_length // batches_per_step)
+
+
+def last_step(epochs: int, position: Position, *, epoch_length: int, batches_per_step: int) -> int:
+    """The step that ends epoch number `epochs`, for a run that stands at `position`.
+
+    Counted from there, because the epochs before may have had another length.
+    """
+    if position.epoch >= epochs:
+        return position.step
+    whole = (epochs - position.epoch - 1) * steps_per_epoch(epoch_length, batches_per_step)
+    return position.step + steps_per_epoch(epoch_length - position.batch, batches_per_step) + whole

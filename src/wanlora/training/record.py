@@ -19,12 +19,20 @@ class FileRecord:
     """Makes the metadata of every file of one run; what does not change is worked out once."""
 
     def __init__(
-        self, config: TrainConfig, prepared: Prepared, *, seed: int, total_steps: int, num_parameters: int
+        self,
+        config: TrainConfig,
+        prepared: Prepared,
+        *,
+        seed: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        num_parameters: int,
     ) -> None:
         self.config = config
         self.started = time.time()
         self.fixed = {
             **_run(config, prepared, seed, total_steps),
+            "num_epochs": -(-total_steps // steps_per_epoch),
             "num_parameters": num_parameters,
             "target_modules": _common_targets(prepared),
             "training_started_at": self.started,
@@ -55,7 +63,6 @@ def _run(config: TrainConfig, prepared: Prepared, seed: int, total_steps: int) -
     run, network, saving, memory = config.run, config.network, config.saving, config.memory
     timesteps, optimizer, plan = config.timesteps, prepared.optimizer, prepared.plan
     assert config.model.dit is not None
-    steps_per_epoch = max(1, -(-plan.num_batches // run.gradient_accumulation_steps))
     maker = f"{optimizer.maker.__module__}.{getattr(optimizer.maker, '__name__', optimizer.name)}"
     arguments = ",".join(f"{key}={value}" for key, value in config.optimizer.kwargs.items())
     return {
@@ -63,7 +70,6 @@ def _run(config: TrainConfig, prepared: Prepared, seed: int, total_steps: int) -
         "learning_rate": config.optimizer.learning_rate,
         "num_train_items": plan.num_samples,
         "num_batches_per_epoch": plan.num_batches,
-        "num_epochs": -(-total_steps // steps_per_epoch),
         "gradient_checkpointing": memory.gradient_checkpointing,
         "gradient_checkpointing_cpu_offload": memory.gradient_checkpointing_cpu_offload,
         "gradient_accumulation_steps": run.gradient_accumulation_steps,

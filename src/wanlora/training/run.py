@@ -22,17 +22,18 @@ from wanlora.training.build import Trainee, build_trainee
 from wanlora.training.checkpoints import Checkpoints
 from wanlora.training.conditioning import encode_texts
 from wanlora.training.engine import Engine
+from wanlora.training.interrupts import Interrupts
 from wanlora.training.loop import Feed, Trainer
 from wanlora.training.metrics import Metrics, StepLog
 from wanlora.training.objective import FlowObjective, Noise
 from wanlora.training.optimizers import set_mode
-from wanlora.training.position import Position, steps_per_epoch
+from wanlora.training.position import last_step, steps_per_epoch
 from wanlora.training.prepare import Prepared, prepare
 from wanlora.training.previews import PreviewMaterials, Previews
 from wanlora.training.rates import ForeignRates, PureRates, Rates
 from wanlora.training.record import FileRecord
 from wanlora.training.saver import Saver, restore
-from wanlora.training.schedules import build_schedule
+from wanlora.training.schedules import Factor, build_schedule
 from wanlora.training.settings import all_settings
 from wanlora.training.state import load_state
 from wanlora.training.step import TrainingStep
@@ -64,15 +65,14 @@ class Run:
         self.config = config
         self.prepared = prepared
         self.engine = engine
-        self.state = load_state(prepared.resume.folder) if prepared.resume else None
-        self.position = self.state.record.position if self.state else Position()
+        self.resumed = prepared.resume.record if prepared.resume else None
+        self.position = prepared.start
         self.seed = self._choose_seed()
         self.streams = Streams(self.seed)
         self.epoch_length = prepared.plan.num_batches
         self.batches_per_step = config.run.gradient_accumulation_steps * engine.rank.count
         self.steps_per_epoch = steps_per_epoch(self.epoch_length, self.batches_per_step)
-        epochs = config.run.max_train_epochs
-        self.total_steps = config.run.max_train_steps if epochs is None else epochs * self.steps_per_epoch
+        self.total_steps = self._count_steps()
 
     def train(self) -> None:
         """Build everything and train to the last step."""
@@ -80,28 +80,40 @@ class Run:
             log.info(f"nothing to do: {self.position.step} of {self.total_steps} steps are done")
             return
         set_backends(self.config.run)
+        trainer = None
+        try:
+            trainer = self._build()
+            log.info(f"steps {self.position.step + 1} to {self.total_steps}, seed {self.seed}, on {self.engine.device}")
+            trainer.train()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryPlanError(self._explain(trainer)) from error
+
+    def _build(self) -> Trainer:
+        """Everything in its order; what has to be on the card only for a while comes first."""
+        state = load_state(self.prepared.resume.folder) if self.prepared.resume else None
         materials = self._preview_materials()
         trainee = build_trainee(
             self.config, self.prepared, self.engine.device, self.streams, quiet=not self.engine.rank.is_main
         )
         step = self._step(trainee)
-        if self.state:
-            restore(self.state, trainee.network, step)
+        if state:
+            restore(state, trainee.network, step, self.config.optimizer.kwargs)
         set_mode(step.optimizer, training=True)
-        trainer = self._trainer(trainee, step, materials)
-        log.info(f"steps {self.position.step + 1} to {self.total_steps}, seed {self.seed}, on {self.engine.device}")
-        try:
-            trainer.train()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise MemoryPlanError(self._explain(trainee, trainer)) from error
+        return self._trainer(trainee, step, materials)
+
+    def _count_steps(self) -> int:
+        epochs = self.config.run.max_train_epochs
+        if epochs is None:
+            return self.config.run.max_train_steps
+        return last_step(epochs, self.position, epoch_length=self.epoch_length, batches_per_step=self.batches_per_step)
 
     def _choose_seed(self) -> int:
         """The state's, the user's, or a drawn one that all processes share."""
         asked = self.config.run.seed
-        if self.state:
-            kept = self.state.record.seed
+        if self.resumed:
+            kept = self.resumed.seed
             if asked not in (None, kept):
                 log.warning(f"--seed {asked}: the resumed run keeps its own seed, {kept}")
             return kept
@@ -122,20 +134,19 @@ class Run:
         return PreviewMaterials(requests=self.engine.from_main(requests), texts=encoded, vae=vae)
 
     def _step(self, trainee: Trainee) -> TrainingStep:
-        config, plan = self.config, self.prepared.plan
-        largest = max(dataset.config.batch_size for dataset in plan.datasets)
-        noise = Noise(self.streams, self.prepared.timesteps, epoch_length=self.epoch_length, largest_batch=largest)
+        config, device = self.config, self.engine.device
+        noise = Noise(self.streams, self.prepared.timesteps, self._batch_sizes)
         weight = LOSS_WEIGHTINGS.get(config.timesteps.weighting_scheme)
         optimizer = self._optimizer(trainee)
         return TrainingStep(
-            objective=FlowObjective(trainee.model, noise, weight, self.engine.device),
+            objective=FlowObjective(trainee.model, noise, weight, device),
             parameters=trainee.network.parameters(),
             optimizer=optimizer,
             rates=self._rates(optimizer),
             engine=self.engine,
             streams=self.streams,
             max_grad_norm=config.optimizer.max_grad_norm,
-            scaler=torch.amp.GradScaler("cuda") if trainee.dtype is torch.float16 else None,
+            scaler=torch.amp.GradScaler(device.type) if trainee.dtype is torch.float16 else None,
         )
 
     def _optimizer(self, trainee: Trainee) -> Optimizer:
@@ -150,14 +161,23 @@ class Run:
         schedule = self.config.schedule
         if schedule.lr_scheduler_type is not None:
             return ForeignRates(optimizer, schedule.lr_scheduler_type, schedule.kwargs)
-        return PureRates(
-            optimizer,
-            build_schedule(
-                schedule,
-                total=self.total_steps,
-                base_rate=self.config.optimizer.learning_rate,
-                constant_rate=self.prepared.optimizer.constant_rate,
-            ),
+        factor, step = self._factor(self.total_steps), self.position.step
+        if self.resumed:
+            before = self._factor(self.resumed.total_steps)(step)
+            if factor(step) != before:
+                log.info(
+                    f"the run now ends at step {self.total_steps} instead of {self.resumed.total_steps}: the learning "
+                    f"rate goes on at {factor(step):.3g} of its base instead of {before:.3g}"
+                )
+        return PureRates(optimizer, factor)
+
+    def _factor(self, total: int) -> Factor:
+        """The learning rate's schedule over `total` steps."""
+        return build_schedule(
+            self.config.schedule,
+            total=total,
+            base_rate=self.config.optimizer.learning_rate,
+            constant_rate=self.prepared.optimizer.constant_rate,
         )
 
     def _trainer(self, trainee: Trainee, step: TrainingStep, materials: PreviewMaterials) -> Trainer:
@@ -170,7 +190,7 @@ class Run:
             window=self.steps_per_epoch,
             tracker=Trackers(self.engine, self.config.logging, all_settings(self.config)),
             log=StepLog(steps_file, first_step=self.position.step) if main else None,
-            losses=self.state.record.losses if self.state else [],
+            losses=self.resumed.losses if self.resumed else [],
         )
         previews = Previews(
             self.config.previews,
@@ -189,6 +209,7 @@ class Run:
             metrics=metrics,
             previews=previews,
             checkpoints=self._checkpoints(trainee, step, metrics) if main else None,
+            interrupts=Interrupts(self.engine),
             position=self.position,
             total_steps=self.total_steps,
         )
@@ -206,26 +227,43 @@ class Run:
     def _order(self, epoch: int) -> tuple[BatchSpec, ...]:
         return epoch_batches(self.prepared.plan, self.streams, epoch)
 
+    def _batch_sizes(self, epoch: int) -> list[int]:
+        return [len(batch.indexes) for batch in self._order(epoch)]
+
     def _checkpoints(self, trainee: Trainee, step: TrainingStep, metrics: Metrics) -> Checkpoints:
         describe = FileRecord(
             self.config,
             self.prepared,
             seed=self.seed,
             total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
             num_parameters=trainee.network.num_parameters,
         )
         saver = Saver(
-            self.config, network=trainee.network, step=step, metrics=metrics, describe=describe, seed=self.seed
+            self.config,
+            network=trainee.network,
+            step=step,
+            metrics=metrics,
+            describe=describe,
+            seed=self.seed,
+            epoch_length=self.epoch_length,
+            total_steps=self.total_steps,
         )
         return Checkpoints(
             self.config.saving,
             save_model=saver.save_model,
             save_state=saver.save_state,
             total_steps=self.total_steps,
-            saved=list(self.state.record.saved) if self.state else [],
+            saved=self._saved_before(),
         )
 
-    def _explain(self, trainee: Trainee, trainer: Trainer) -> str:
+    def _saved_before(self) -> list[str]:
+        """What the resumed run has written into this folder; files of the same names elsewhere are not its own."""
+        resume, here = self.prepared.resume, self.config.saving.output_dir
+        assert here is not None
+        return list(resume.record.saved) if resume and resume.folder.resolve().parent == here.resolve() else []
+
+    def _explain(self, trainer: Trainer | None) -> str:
         """What did not fit, and which setting to change."""
         memory = self.config.memory
         settings = MemorySettings(
@@ -233,10 +271,10 @@ class Run:
             offload=memory.gradient_checkpointing_cpu_offload,
             fp8=memory.fp8_mode is not None,
             blocks_to_swap=memory.blocks_to_swap or 0,
-            num_blocks=len(trainee.model.blocks),
+            num_blocks=self.prepared.transformer.sizes.num_layers,
         )
-        figures = memory_figures(self.engine.device)
-        return explain_out_of_memory(figures, settings, bucket=trainer.working_on, clips=trainer.working_names)
+        bucket, clips = (trainer.working_on, trainer.working_names) if trainer else ("the model", ())
+        return explain_out_of_memory(memory_figures(self.engine.device), settings, bucket=bucket, clips=clips)
 
 
 def set_backends(config: RunConfig) -> None:

@@ -1,6 +1,8 @@
 """Writes the LoRA file and the state of a run."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from wanlora.config.train import TrainConfig
 from wanlora.foundation.dtypes import parse_dtype
@@ -28,6 +30,8 @@ class Saver:
         metrics: Metrics,
         describe: FileRecord,
         seed: int,
+        epoch_length: int,
+        total_steps: int,
     ) -> None:
         self.config = config
         self.network = network
@@ -35,6 +39,8 @@ class Saver:
         self.metrics = metrics
         self.describe = describe
         self.seed = seed
+        self.epoch_length = epoch_length
+        self.total_steps = total_steps
 
     def save_model(self, path: Path, position: Position) -> None:
         """Write the LoRA file and read it back."""
@@ -57,6 +63,8 @@ class Saver:
         record = RunRecord(
             position=position,
             seed=self.seed,
+            epoch_length=self.epoch_length,
+            total_steps=self.total_steps,
             losses=list(self.metrics.losses),
             settings=decisive_settings(self.config),
             saved=saved,
@@ -71,8 +79,11 @@ class Saver:
         )
 
 
-def restore(state: SavedState, network: LoRANetwork, step: TrainingStep) -> None:
-    """Put everything back as it was. Raises `CheckpointError` if the state belongs to another kind of run."""
+def restore(state: SavedState, network: LoRANetwork, step: TrainingStep, arguments: Mapping[str, Any]) -> None:
+    """Put everything back as it was, except that the optimizer's `arguments` are those of this run.
+
+    Raises `CheckpointError` if the state belongs to another kind of run.
+    """
     network.load_state_dict(state.adapter)
     try:
         step.optimizer.load_state_dict(state.optimizer)
@@ -81,6 +92,8 @@ def restore(state: SavedState, network: LoRANetwork, step: TrainingStep) -> None
             f"{state.path} was saved with another optimizer or other parameter groups ({error}); resume with the "
             "--optimizer_type and --network_args it was made with"
         ) from error
+    for group in step.optimizer.param_groups:
+        group.update({name: value for name, value in arguments.items() if name in group and name != "lr"})
     step.rates.load_state_dict(state.rates)
     if step.scaler and state.scaler:
         step.scaler.load_state_dict(state.scaler)

@@ -13,6 +13,7 @@ from typing import Any
 
 from wanlora.config.train import ScheduleConfig
 from wanlora.foundation.errors import ConfigError, did_you_mean
+from wanlora.foundation.log import say_once
 from wanlora.foundation.registry import Registry
 
 Factor = Callable[[int], float]
@@ -31,11 +32,11 @@ class Span:
     min_ratio: float | None = None
     base_rate: float = 1.0
 
-    def warmed(self, after: Factor) -> Factor:
-        """Rise linearly from 0 during the warm-up, then follow `after`."""
+    def warmed(self, after: Factor, *, low: float = 0.0) -> Factor:
+        """Rise linearly from `low` during the warm-up, then follow `after`."""
 
         def factor(step: int) -> float:
-            return step / max(1, self.warmup) if step < self.warmup else after(step)
+            return low + (1.0 - low) * step / self.warmup if step < self.warmup else after(step)
 
         return factor
 
@@ -119,7 +120,7 @@ def warmup_stable_decay(span: Span) -> Factor:
             return 1.0
         return low + (1.0 - low) * half_cosine(min(1.0, (step - start) / max(1, span.decay)) * span.num_cycles)
 
-    return span.warmed(factor)
+    return span.warmed(factor, low=low)
 
 
 @SCHEDULES.register("rex")
@@ -138,7 +139,7 @@ def piecewise_constant(rules: str) -> Factor:
     """`"1:10,0.1:20,0.01"`: factor 1 before step 10, 0.1 before step 20, 0.01 from then on."""
     try:
         *pairs, last = rules.split(",")
-        steps = [(int(step), float(value)) for value, step in (pair.split(":") for pair in pairs)]
+        steps = sorted((int(step), float(value)) for value, step in (pair.split(":") for pair in pairs))
         final = float(last)
     except ValueError:
         raise ConfigError(f"step_rules={rules!r} should look like 1:1000,0.1:2000,0.01") from None
@@ -148,6 +149,8 @@ def piecewise_constant(rules: str) -> Factor:
 def build_schedule(config: ScheduleConfig, *, total: int, base_rate: float, constant_rate: bool = False) -> Factor:
     """The factor that the flags ask for; `constant_rate` is for optimizers that schedule themselves."""
     if constant_rate:
+        if config.lr_scheduler != "constant":
+            say_once(f"--lr_scheduler {config.lr_scheduler} has no effect: this optimizer schedules itself")
         return constant(Span(total=total))
     arguments = config.kwargs
     if config.lr_scheduler == "piecewise_constant":
@@ -184,5 +187,5 @@ def _rex_arguments(arguments: Mapping[str, Any]) -> dict[str, float]:
 
 
 def in_steps(amount: int | float, total: int) -> int:
-    """A whole number is steps, a fraction is that part of the run."""
-    return int(amount) if amount >= 1 else int(amount * total)
+    """An int is a number of steps, a float a share of the run."""
+    return amount if isinstance(amount, int) else int(amount * total)

@@ -3,11 +3,13 @@
 A state is a folder: the adapter's float32 weights, the optimizer's (and a custom scheduler's) state, and `run.json`
 with the position, the seed and the losses of the running average. Randomness needs no more than the seed, because
 every random number is a function of seed and position (foundation/random.py). The folder is written under a temporary
-name and renamed when it is whole, so a state either exists completely or not at all.
+name and renamed when it is whole, and gets another name before it is removed, so a state either exists completely or
+not at all.
 """
 
 import json
 import pickle
+import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from wanlora.foundation.errors import CheckpointError
-from wanlora.foundation.files import write_json
+from wanlora.foundation.files import atomic_path, write_json
 from wanlora.foundation.tensor_files import open_tensors, save_tensors
 from wanlora.training.position import Position
 
@@ -36,6 +38,10 @@ class RunRecord:
 
     position: Position
     seed: int
+    epoch_length: int
+    """Batches an epoch, which `position.batch` counts."""
+    total_steps: int
+    """Where the run was to end, which most schedules of the learning rate depend on."""
     losses: list[float]
     """Of the last epoch, oldest first."""
     settings: dict[str, str] = field(default_factory=dict)
@@ -67,12 +73,13 @@ def save_state(
 ) -> None:
     """Write a state folder whole or not at all; an older one of the same name gives way to it at the end."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _hidden(folder, "tmp")
     try:
         temporary.mkdir()
         save_tensors(temporary / ADAPTER, adapter)
         parts = {"optimizer": dict(optimizer), "rates": dict(rates), "scaler": dict(scaler)}
-        torch.save(parts, temporary / _OPTIMIZER)
+        with atomic_path(temporary / _OPTIMIZER) as path:
+            torch.save(parts, path)
         write_json(temporary / _RUN, {"format": FORMAT, **asdict(record)})
         _replace_folder(temporary, folder)
     except BaseException:
@@ -94,7 +101,7 @@ def read_record(folder: Path) -> RunRecord:
         if content.pop("format") != FORMAT:
             raise ValueError("it was written by another version")
         return RunRecord(**{**content, "position": Position(**content["position"])})
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / _RUN} cannot be read ({error}); resume from another state") from error
 
 
@@ -122,9 +129,13 @@ def latest_state(output_dir: Path, output_name: str) -> Path | None:
 
 def is_state_of(folder_name: str, output_name: str) -> bool:
     """Whether a folder's name is one that a run called `output_name` gives its states."""
-    stem = folder_name.removesuffix(STATE_SUFFIX)
-    middle = stem.removeprefix(output_name)
-    return stem.startswith(output_name) and (middle == "" or middle.removeprefix("-").removeprefix("step").isdigit())
+    moment = r"(-\d{6,}|-step\d{8,})?"
+    return re.fullmatch(re.escape(output_name) + moment + STATE_SUFFIX, folder_name) is not None
+
+
+def remove_state(folder: Path) -> None:
+    """Remove a state; what a crash leaves of it is no state any more. Raises `OSError` if that cannot be done."""
+    shutil.rmtree(folder.rename(_hidden(folder, "old")))
 
 
 def _replace_folder(new: Path, folder: Path) -> None:
@@ -132,10 +143,17 @@ def _replace_folder(new: Path, folder: Path) -> None:
     if not folder.exists():
         new.rename(folder)
         return
-    old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
-    folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old)
+    old = folder.rename(_hidden(folder, "old"))
+    try:
+        new.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _hidden(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{kind}")
 
 
 def _not_ours(folder: Path) -> str:

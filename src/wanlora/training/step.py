@@ -3,7 +3,7 @@
 Losses are divided by the number of batches of the whole step over all processes, and gradients are summed over
 processes, so accumulation and processes are interchangeable. The host reads the device once per step, after backward:
 the update waits for the verdict that loss and gradient are finite, so weights that could be saved are never touched by
-a number that is none.
+a number that is none. `measure` ends before the weights change, `update` changes them.
 """
 
 from collections.abc import Sequence
@@ -74,8 +74,8 @@ class TrainingStep:
         self.max_grad_norm = max_grad_norm
         self.scaler = scaler
 
-    def __call__(self, share: Sequence[IndexedBatch], position: Position, num_batches: int) -> StepReport:
-        """Train on this process' `share` of a step's `num_batches` batches.
+    def measure(self, share: Sequence[IndexedBatch], position: Position, num_batches: int) -> StepReport:
+        """Loss and clipped gradient of a step's `num_batches` batches, of which this process has `share`.
 
         Raises `DivergedError`, with the items named, if the loss or its gradient is not finite; the weights are then
         as before.
@@ -105,8 +105,18 @@ class TrainingStep:
             skipped=self._overflowed(loss_value, norm_value),
         )
         self._refuse_non_finite(report, position)
-        self._update(position)
         return report
+
+    def update(self, position: Position) -> None:
+        """Apply the gradient that `measure` has left, at the learning rates of this step."""
+        torch.manual_seed(self.streams.seed("optimizer", position.step))  # some optimizers round stochastically
+        self.rates.before(position.step)
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _clip(self) -> Tensor:
         limit = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
@@ -131,16 +141,6 @@ class TrainingStep:
             f"saved. It was trained on: {items}. Look at these clips' caches (run wan_cache_latents.py again), lower "
             "--learning_rate, and go on from the last saved state with --resume"
         )
-
-    def _update(self, position: Position) -> None:
-        torch.manual_seed(self.streams.seed("optimizer", position.step))  # some optimizers round stochastically
-        self.rates.before(position.step)
-        if self.scaler:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
 
 def is_finite(value: float) -> bool:
