@@ -38,7 +38,8 @@ def quantize_blockwise(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tens
     width = block if has_blocks(weight.shape[1], block) else weight.shape[1]
     blocks = rearrange(weight.float(), "o (b w) -> o b w", w=width)
     low, high = blocks.aminmax(dim=-1, keepdim=True)
-    scale = (torch.maximum(-low, high) / FP8_MAX).clamp_(min=MIN_SCALE)
+    # A product, because CUDA makes one of a division by a number: scales are the same bits on every device.
+    scale = (torch.maximum(-low, high) * (1 / FP8_MAX)).clamp_(min=MIN_SCALE)
     return rearrange(to_fp8(blocks / scale), "o b w -> o (b w)"), scale
 
 
