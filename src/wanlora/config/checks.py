@@ -107,6 +107,8 @@ def _run(config: TrainConfig, given: Given, problems: Problems) -> None:
         problems.add("--persistent_data_loader_workers needs --max_data_loader_n_workers of at least 1")
     if run.max_train_epochs is not None:
         _without_effect(given, ("max_train_steps",), "with --max_train_epochs, which decides the length")
+    options = ("ddp_gradient_as_bucket_view", "ddp_static_graph")
+    _without_effect(given, options, "here: processes exchange only the adapters' gradients, without DDP")
 
 
 def _attention(config: TrainConfig, given: Given, problems: Problems) -> None:
@@ -117,6 +119,7 @@ def _attention(config: TrainConfig, given: Given, problems: Problems) -> None:
     elif len(named) > 1:
         also = ", ".join(f"--{name}" for name in named)
         say_once(f"{also} name several attention kernels: --{named[0]} is used")
+    _without_effect(given, ("split_attn",), "here: no batch needs a mask, so none has to be split")
     if attention.sage_attn:
         say_once("--sage_attn serves previews only, because it has no backward pass")
 
@@ -142,6 +145,8 @@ def _schedule(config: TrainConfig, given: Given, problems: Problems) -> None:
     for name, schedulers in _SCHEDULER_OPTIONS.items():
         if schedule.lr_scheduler not in schedulers:
             _without_effect(given, (name,), f"with --lr_scheduler {schedule.lr_scheduler}")
+    if schedule.lr_scheduler == "piecewise_constant":
+        _without_effect(given, ("lr_warmup_steps",), "with --lr_scheduler piecewise_constant")
 
 
 def _timesteps(config: TrainConfig, given: Given, problems: Problems) -> None:
@@ -175,6 +180,8 @@ def _saving(config: TrainConfig, given: Given, problems: Problems) -> None:
             f"--output_name {saving.output_name!r} is no file name; letters, digits, - and _ are safe, folders belong "
             "in --output_dir"
         )
+    if saving.no_metadata:
+        _without_effect(given, ("training_comment",), "with --no_metadata")
     for unit in ("epochs", "steps"):
         last = (f"save_last_n_{unit}", f"save_last_n_{unit}_state")
         if getattr(saving, f"save_every_n_{unit}") is None:
@@ -218,6 +225,10 @@ def _memory(config: TrainConfig, given: Given, problems: Problems) -> None:
     if not memory.blocks_to_swap:
         names = ("use_pinned_memory_for_block_swap", "block_swap_h2d_only", "block_swap_ring_size")
         _without_effect(given, names, "without --blocks_to_swap")
+    else:
+        pinned = "here: memory of swapped blocks is always pinned"
+        _without_effect(given, ("use_pinned_memory_for_block_swap",), pinned)
+        _without_effect(given, ("block_swap_h2d_only",), "here: blocks are never copied back")
     if not memory.gradient_checkpointing:
         _without_effect(given, ("gradient_checkpointing_cpu_offload",), "without --gradient_checkpointing")
     if memory.compile is False:

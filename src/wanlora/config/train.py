@@ -65,7 +65,7 @@ class AttentionConfig(Checked):
     sage_attn: bool = False
     """SageAttention for previews only: it has no backward, training uses one of the others."""
     split_attn: bool = False
-    """One sample at a time through attention."""
+    """One sample at a time through attention; not needed here, accepted without effect."""
 
     @property
     def training_kernel(self) -> str:
@@ -98,7 +98,7 @@ class RunConfig(Checked):
     gradient_accumulation_steps: Count = 1
     """Batches per optimizer step."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Number format of the maths. Default: what accelerate launch was told, otherwise bf16."""
+    """Number format of the maths. Default: what accelerate launch was told, otherwise that of the file --dit."""
     device: str | None = None
     """Where to train: cuda, cuda:1 or cpu. Default: what accelerate chooses."""
     show_timesteps: Literal["image", "console"] | None = None
@@ -110,9 +110,9 @@ class RunConfig(Checked):
     ddp_timeout: Count | None = None
     """Minutes that the processes of a run on several GPUs wait for each other."""
     ddp_gradient_as_bucket_view: bool = False
-    """Reduce gradients in place (several GPUs)."""
+    """An option of DDP, which is not used: accepted without effect."""
     ddp_static_graph: bool = False
-    """Promise DDP that every step uses the same parameters (several GPUs)."""
+    """An option of DDP, which is not used: accepted without effect."""
     cuda_allow_tf32: bool = False
     """Allow TF32 in float32 matmuls and convolutions."""
     cuda_cudnn_benchmark: bool = False
@@ -304,7 +304,7 @@ class LoggingConfig(Checked):
     logging_dir: Path | None = None
     """Folder of the logs; alone it turns on tensorboard."""
     log_with: Literal["tensorboard", "wandb", "all"] | None = None
-    """Where numbers and previews are logged."""
+    """Where numbers are logged."""
     log_prefix: str | None = None
     """Put before the time in the name of a run's log folder."""
     log_tracker_name: str | None = None
@@ -334,7 +334,7 @@ class MemoryConfig(Checked):
     blocks_to_swap: CountOrZero | None = None
     """How many transformer blocks stay in system memory and are copied to the GPU when they are due."""
     use_pinned_memory_for_block_swap: bool = False
-    """Pin the memory of those blocks: faster copies; it cannot be swapped out."""
+    """Pin the memory of those blocks: faster copies; this is always done."""
     block_swap_h2d_only: bool = False
     """Copy blocks to the GPU only, never back; this is always so."""
     block_swap_ring_size: Count = 2
