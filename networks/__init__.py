@@ -1,1 +1,1 @@
-"""Names for `--network_module`."""
+"""What users type after --network_module."""
