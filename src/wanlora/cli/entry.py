@@ -4,6 +4,7 @@
 is a fault of the program and shows its traceback.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -17,7 +18,7 @@ def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
     """Run `command` on the arguments and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    setup_logging(debug=debug)
+    setup_logging(debug=debug, main=os.environ.get("RANK", "0") == "0")  # a launcher numbers its processes
     try:
         return command(arguments)
     except UserError as error:

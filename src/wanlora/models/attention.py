@@ -49,11 +49,7 @@ def attention(q_BLNK: Tensor, k_BTNK: Tensor, v_BTNK: Tensor, kernel: str = "sdp
     backward pass would have to train.
     """
     chosen = KERNELS.get(kernel)
-    if chosen.half_only and q_BLNK.dtype not in (torch.bfloat16, torch.float16):
-        raise ConfigError(
-            f"{kernel} attention computes in bfloat16 or float16, the model runs in {q_BLNK.dtype}; "
-            "use --mixed_precision bf16, or --sdpa"
-        )
+    require_dtype(kernel, q_BLNK.dtype)
     if not chosen.trains and torch.is_grad_enabled() and _wants_grad(q_BLNK, k_BTNK, v_BTNK):
         raise ConfigError(
             f"{kernel} attention has no backward pass, so a model cannot be trained through it; use --sdpa to train "
@@ -67,6 +63,15 @@ def require_kernel(name: str) -> None:
     kernel = KERNELS.get(name)
     if kernel.package is not None and importlib.util.find_spec(kernel.package) is None:
         raise ConfigError(f"{name} attention needs the package {kernel.package}: {kernel.install}; or use --sdpa")
+
+
+def require_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise `ConfigError` if the kernel cannot compute in `dtype`."""
+    if KERNELS.get(name).half_only and dtype not in (torch.bfloat16, torch.float16):
+        raise ConfigError(
+            f"{name} attention computes in bfloat16 or float16, the model runs in {dtype}; "
+            "use --mixed_precision bf16, or --sdpa"
+        )
 
 
 def _reference(q_BLNK: Tensor, k_BTNK: Tensor, v_BTNK: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def wants_compile(config: MemoryConfig, device: torch.device) -> bool:
     """Whether blocks are compiled: as asked, otherwise on CUDA where a compiler exists."""
     if config.compile is False or (config.compile is None and device.type != "cuda"):
         return False
-    missing = missing_compiler(device)
+    missing = missing_compiler(device) if config.compile_backend == "inductor" else None
     if missing is not None:
         say_once(f"blocks are not compiled, which costs speed: {missing}")
         return False
@@ -136,6 +136,9 @@ def _adapt(
     if config.network_weights is not None:
         network.load(read_lora(config.network_weights, candidates(model)), str(config.network_weights))
     log.info(f"LoRA on {len(network)} modules, {network.num_parameters / 1e6:.1f} million trained numbers")
+    if arguments.verbose:
+        for name, adapter in network.adapters.items():
+            log.info(f"  {name}: {adapter.in_features} to {adapter.out_features}, rank {adapter.rank}")
     return network
 
 

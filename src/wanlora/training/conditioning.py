@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from wanlora.config.train import ModelConfig
+from wanlora.foundation.errors import MemoryPlanError
 from wanlora.foundation.log import log
+from wanlora.memory.measure import is_out_of_memory
 from wanlora.models.wan.text import TextEncoder, load_tokenizer
 from wanlora.models.wan.umt5 import load_umt5
 
@@ -22,8 +24,14 @@ def encode_texts(texts: Sequence[str], model: ModelConfig, device: torch.device)
     assert t5 is not None
     log.info(f"encoding {len(distinct)} preview texts with {t5.name}")
     tokenizer = load_tokenizer(model.tokenizer, t5, model.offline)
-    encoder = TextEncoder(load_umt5(t5, device=device, fp8=model.fp8_t5), tokenizer)
-    embeddings = {text: embedding.cpu() for text, embedding in zip(distinct, encoder.encode(distinct), strict=True)}
+    try:
+        encoder = TextEncoder(load_umt5(t5, device=device, fp8=model.fp8_t5), tokenizer)
+        embeddings = {text: embedding.cpu() for text, embedding in zip(distinct, encoder.encode(distinct), strict=True)}
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        cure = "leave out --sample_prompts" if model.fp8_t5 else "add --fp8_t5"
+        raise MemoryPlanError(f"the text encoder for previews does not fit the card's memory; {cure}") from error
     del encoder
     gc.collect()
     if device.type == "cuda":

@@ -14,7 +14,7 @@ import torch
 from wanlora.config.checks import check_paths
 from wanlora.config.dataset import read_datasets
 from wanlora.config.prompts import read_prompts
-from wanlora.config.train import ModelConfig, SavingConfig, TrainConfig
+from wanlora.config.train import MemoryConfig, ModelConfig, SavingConfig, TrainConfig
 from wanlora.data.checks import check_caches
 from wanlora.data.plan import DataPlan, plan_datasets
 from wanlora.diffusion.timesteps import TimestepPlan, build_plan
@@ -24,7 +24,7 @@ from wanlora.foundation.log import log, say_once
 from wanlora.foundation.tensor_files import open_tensors
 from wanlora.generation.requests import PreviewRequest, resolve_all
 from wanlora.memory.placement import streamed_indexes
-from wanlora.models.attention import require_kernel
+from wanlora.models.attention import require_dtype, require_kernel
 from wanlora.models.wan.checkpoint import TransformerFile, check_complete, check_task, inspect_transformer
 from wanlora.models.wan.recognise import describe, file_kind
 from wanlora.models.wan.spec import TASKS, WanSizes, WanSpec
@@ -104,6 +104,8 @@ def prepare(config: TrainConfig) -> Prepared:
         with problems.collect():
             require_kernel(kernel)
     with problems.collect():
+        _check_compilation(config.memory)
+    with problems.collect():
         wanted_trackers(config.logging)
         tracker_options(config.logging)
     _check_output(config, problems)
@@ -125,6 +127,10 @@ def _check_model(config: TrainConfig, problems: Problems, found: dict[str, objec
     with problems.collect():
         transformer, blank = _inspect(config.model)
         found["transformer"] = transformer
+        with problems.collect():
+            device = find_device(config.run.device)
+            dtype = compute_dtype(config.run.mixed_precision, transformer.dtypes[0], device)
+            require_dtype(config.attention.training_kernel, dtype)
         with problems.collect():
             streamed_indexes(transformer.sizes.num_layers, config.memory.blocks_to_swap or 0)
         if _are_there(config.network.network_weights, *config.network.base_weights):
@@ -169,6 +175,17 @@ def _check_optimizer(config: TrainConfig, problems: Problems) -> OptimizerChoice
     if schedule.lr_scheduler_type is not None:
         ForeignRates(trial, schedule.lr_scheduler_type, schedule.kwargs)
     return choice
+
+
+def _check_compilation(config: MemoryConfig) -> None:
+    """torch knows the backend and the mode; to ask it takes seconds, so nobody asks about the usual ones."""
+    chosen = (config.compile_backend, config.compile_mode)
+    if config.compile is False or chosen == ("inductor", "default"):
+        return
+    try:
+        torch.compile(lambda x: x, backend=chosen[0], mode=chosen[1])
+    except RuntimeError as error:
+        raise ConfigError(f"--compile_backend {chosen[0]} --compile_mode {chosen[1]}: {error}") from error
 
 
 def _check_previews(config: TrainConfig, problems: Problems) -> tuple[PreviewRequest, ...]:

@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from wanlora.config.train import PreviewConfig
-from wanlora.foundation.errors import UserError
 from wanlora.foundation.log import log
 from wanlora.generation.pipeline import decode_frames, sample_latents
 from wanlora.generation.requests import PreviewRequest
@@ -86,7 +85,7 @@ class Previews:
             for index in self.engine.rank.share(indexes):
                 try:
                     path = self._draw(index, step, epoch)
-                except (UserError, RuntimeError, ValueError, OSError) as error:
+                except Exception as error:  # whatever it is, a picture is not worth a run
                     log.warning(f"preview {index + 1} failed and is left out; training goes on: {error}")
                     self._forget_failed_pass()
                 else:
