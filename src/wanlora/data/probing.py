@@ -19,6 +19,8 @@ from wanlora.data.images import IMAGE_SUFFIXES, image_size
 from wanlora.data.rates import MODEL_FPS
 from wanlora.foundation.errors import DataError
 
+_OPEN_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+"""Titles are often not in UTF-8; PyAV reads them leniently by itself from version 19 on."""
 VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg")
 _SAME_RATE = 0.01
 _END_SLACK = 0.25
@@ -80,7 +82,7 @@ def probe_video(path: Path) -> VideoInfo:
 def opened_video(path: Path) -> Iterator[tuple[Any, Any]]:
     """The container and its video stream; every fault of the file becomes a `DataError` that names it."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), **_OPEN_OPTIONS) as container:
             stream = container.streams.best("video")
             if stream is None:
                 raise DataError(f"{path} holds no video, only sound; take it out of the dataset")

@@ -73,9 +73,11 @@ class InputOffload:
     @contextmanager
     def keep(self, chosen: Tensor) -> Iterator[None]:
         """Inside, `chosen` is saved for backward on the host; other tensors are saved as ever."""
+        address, shape = chosen.data_ptr(), chosen.shape
+        del chosen  # autograd keeps `pack` as long as what it packed, so it must not hold the tensor
 
         def pack(tensor: Tensor) -> "Tensor | _Kept":
-            same = tensor.data_ptr() == chosen.data_ptr() and tensor.shape == chosen.shape
+            same = tensor.data_ptr() == address and tensor.shape == shape
             return self._send(tensor) if same else tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):

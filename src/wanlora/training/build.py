@@ -46,7 +46,7 @@ def build_trainee(
 ) -> Trainee:
     """Build what is trained. `quiet` hides the progress bar."""
     dtype = compute_dtype(config.run.mixed_precision, prepared.transformer.dtypes[0], device)
-    streamed = num_streamed(config.memory, device)
+    streamed = num_streamed(config.memory, device, prepared.transformer.sizes.num_layers)
     model = _load(config, prepared, device, dtype, streamed, quiet)
     network = _adapt(config.network, prepared, model, device, streams)
     model.run_block = _runner(config.memory, model, streamed)
@@ -62,13 +62,13 @@ def build_trainee(
     return Trainee(model=model, network=network, stream=stream, dtype=dtype)
 
 
-def num_streamed(config: MemoryConfig, device: torch.device) -> int:
-    """How many blocks are streamed on this device."""
+def num_streamed(config: MemoryConfig, device: torch.device, num_blocks: int) -> int:
+    """How many blocks are streamed on this device: as many more as the ring holds, so that the asked number is freed."""
     wanted = config.blocks_to_swap or 0
     if wanted and device.type != "cuda":
         say_once(f"--blocks_to_swap {wanted}: without a CUDA card all weights are in system memory; nothing is swapped")
         return 0
-    return wanted
+    return min(num_blocks, wanted + config.block_swap_ring_size) if wanted else 0
 
 
 def wants_compile(config: MemoryConfig, device: torch.device) -> bool:

@@ -134,3 +134,18 @@ def test_a_folder_of_frames_is_a_clip_in_the_order_of_its_numbers(tmp_path: Path
 def test_a_folder_without_pictures_is_no_clip(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no pictures"):
         probe_video(tmp_path)
+
+
+def test_a_title_that_is_not_utf8_is_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "Caffee"
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode(None))
+    content = path.read_bytes()
+    assert content.count(b"Caffee") == 1
+    path.write_bytes(content.replace(b"Caffee", b"Caff\xe9 "))
+    assert probe_video(path).num_frames == 5
