@@ -17,7 +17,7 @@ from wanlora.caching.ahead import Failed, read_ahead
 from wanlora.caching.encoding import LatentEncoder
 from wanlora.caching.preview import show
 from wanlora.caching.requests import Request, read_requests, report
-from wanlora.caching.start import check_flags, decoding_threads, identity, place
+from wanlora.caching.start import check_flags, check_model, decoding_threads, identity, place
 from wanlora.caching.work import Summary, Task, Work, lay_out, writing
 from wanlora.config.caching import LatentCacheConfig
 from wanlora.data.cache_files import latent_is_fresh, source_fingerprint, write_latents
@@ -40,6 +40,7 @@ def cache_latents(config: LatentCacheConfig) -> Summary:
     """
     problems = Problems()
     check_flags(config, problems)
+    check_model(config.vae, "--vae", problems)
     requests = read_requests(config.dataset_config, problems, write_index=not config.dry_run)
     report(requests)
     if config.debug_mode is not None:

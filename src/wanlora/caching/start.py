@@ -11,6 +11,7 @@ from wanlora.data.cache_files import source_fingerprint
 from wanlora.foundation.devices import find_device
 from wanlora.foundation.errors import Problems
 from wanlora.foundation.log import say_once
+from wanlora.models.wan.recognise import require_kind
 
 _MOST_THREADS = 4
 """Decoders use several threads each, and every reader holds a clip in memory."""
@@ -26,6 +27,13 @@ def check_flags(config: CacheConfig, problems: Problems) -> None:
         say_once("--skip_existing changes nothing: files that still fit are always kept, and only those")
     if config.keep_cache:
         say_once("--keep_cache changes nothing: cache files are never deleted")
+
+
+def check_model(path: Path | None, flag: str, problems: Problems) -> None:
+    """Collect what is wrong with the file behind `flag`, if it is there: its header shows what it is."""
+    if path is not None and path.exists():
+        with problems.collect():
+            require_kind(path, flag)
 
 
 def place(device: torch.device) -> str:

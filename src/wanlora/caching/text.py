@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from wanlora.caching.requests import read_requests, report
-from wanlora.caching.start import check_flags, identity, place
+from wanlora.caching.start import check_flags, check_model, identity, place
 from wanlora.caching.work import Summary, Task, Work, lay_out, writing
 from wanlora.config.caching import TextCacheConfig
 from wanlora.data.cache_files import text_is_fresh, write_text
@@ -31,6 +31,7 @@ def cache_text(config: TextCacheConfig) -> Summary:
     """
     problems = Problems()
     check_flags(config, problems)
+    check_model(config.t5, "--t5", problems)
     requests = read_requests(config.dataset_config, problems, write_index=not config.dry_run)
     report(requests)
     t5 = _identity(config)

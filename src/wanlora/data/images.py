@@ -4,6 +4,7 @@ Pillow does the reading because it raises where OpenCV returns nothing. Transpar
 colour under it is kept, as existing caches were made, and the user is told once.
 """
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,20 @@ from wanlora.foundation.log import warn_once
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
 _ORIENTATION = 0x0112
 _SIDEWAYS = range(5, 9)
-_UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_UNREADABLE = (
+    *(UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError),
+    *(struct.error, IndexError, TypeError, KeyError, RuntimeError),  # decoders on senseless bytes
+)
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height as shown, EXIF orientation applied, from the header alone. Raises `DataError`."""
     with _opened(path) as image:
         width, height = image.size
-        sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
+        try:
+            sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
+        except _UNREADABLE as error:
+            raise _broken(path, error) from error
     return (height, width) if sideways else (width, height)
 
 

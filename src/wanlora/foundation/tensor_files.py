@@ -68,12 +68,12 @@ class SafetensorsSource(TensorSource):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._header = _read_header(path)
-        self.metadata = {str(key): str(value) for key, value in self._header.pop("__metadata__", {}).items()}
-        self.names = tuple(self._header)
         try:
             self._file: Any = safe_open(path, framework="pt", device="cpu").__enter__()
         except (SafetensorError, OSError, ValueError) as error:
             raise _broken(path, error) from error
+        self.metadata = {str(key): str(value) for key, value in (self._header.pop("__metadata__", None) or {}).items()}
+        self.names = tuple(self._header)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._header[name]["shape"])
@@ -186,7 +186,7 @@ def _read_header(path: Path) -> dict[str, Any]:
                 raise ValueError(f"its header claims {length} bytes, the file has {size}")
             header: dict[str, Any] = json.loads(file.read(length))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         raise _broken(path, error) from error
     if ends and 8 + length + max(ends) > size:
         raise _broken(path, ValueError(f"it should have {8 + length + max(ends)} bytes and has {size}"))
@@ -210,7 +210,7 @@ def _load_pickle(path: Path) -> Any:
             f"{path} holds more than tensors, and unpickling it could run foreign code, so it is refused; "
             "use the .safetensors version of the file"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is cut off or is no PyTorch weights file ({error}); fetch it again") from error
 
 

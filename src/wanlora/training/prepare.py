@@ -19,14 +19,14 @@ from wanlora.data.checks import check_caches
 from wanlora.data.plan import DataPlan, plan_datasets
 from wanlora.diffusion.timesteps import TimestepPlan, build_plan
 from wanlora.foundation.devices import find_device
-from wanlora.foundation.errors import CheckpointError, ConfigError, Problems
+from wanlora.foundation.errors import ConfigError, Problems
 from wanlora.foundation.log import log, say_once
 from wanlora.foundation.tensor_files import open_tensors
 from wanlora.generation.requests import PreviewRequest, resolve_all
 from wanlora.memory.placement import streamed_indexes
 from wanlora.models.attention import require_dtype, require_kernel
 from wanlora.models.wan.checkpoint import TransformerFile, check_complete, check_task, inspect_transformer
-from wanlora.models.wan.recognise import describe, file_kind
+from wanlora.models.wan.recognise import require_kind
 from wanlora.models.wan.spec import TASKS, WanSizes, WanSpec
 from wanlora.models.wan.text import load_tokenizer
 from wanlora.models.wan.transformer import WanTransformer
@@ -198,21 +198,13 @@ def _check_previews(config: TrainConfig, problems: Problems) -> tuple[PreviewReq
     for flag, path in (("--vae", model.vae), ("--t5", model.t5)):
         if _are_there(path):
             with problems.collect():
-                _require_kind(path, flag)
+                require_kind(path, flag)
     if _are_there(model.tokenizer, model.t5):
         with problems.collect():
             load_tokenizer(model.tokenizer, model.t5, model.offline)
     if not _are_there(previews.sample_prompts):
         return ()
     return resolve_all(read_prompts(previews.sample_prompts), TASKS[model.task])
-
-
-def _require_kind(path: Path, flag: str) -> None:
-    """The file is what the flag takes, by the names of its tensors."""
-    with open_tensors(path) as source:
-        kind = file_kind(source.names)
-        if kind is None or kind.flag != flag:
-            raise CheckpointError(f"{flag} {path} {describe(source.names)}; pass the file that belongs to {flag}")
 
 
 def _find_resume(saving: SavingConfig) -> Resume | None:

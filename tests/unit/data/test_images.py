@@ -74,3 +74,15 @@ def test_a_text_file_is_no_picture(tmp_path: Path) -> None:
 def test_a_missing_picture_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.png does not exist"):
         read_image(tmp_path / "gone.png")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "avif"])
+def test_half_a_picture_is_named(tmp_path: Path, suffix: str, share: float) -> None:
+    path = tmp_path / f"a.{suffix}"
+    pixels = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(DataError, match=rf"a\.{suffix} is cut off or is no picture"):
+        image_size(path)
+        read_image(path)

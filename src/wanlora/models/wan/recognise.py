@@ -6,6 +6,10 @@ loader that meets a stranger asks here, so that its error can say what the file 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+
+from wanlora.foundation.errors import CheckpointError
+from wanlora.foundation.tensor_files import open_tensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,3 +116,11 @@ def describe(names: Iterable[str]) -> str:
         return f"is {kind}"
     sample = ", ".join(listed[:3]) or "none"
     return f"is of no kind known here (its first tensors: {sample})"
+
+
+def require_kind(path: Path, flag: str) -> None:
+    """Raise `CheckpointError` unless the file at `path` is of the kind that `flag` takes, by its header."""
+    with open_tensors(path) as source:
+        kind = file_kind(source.names)
+        if kind is None or kind.flag != flag:
+            raise CheckpointError(f"{flag} {path} {describe(source.names)}; pass the file that belongs to {flag}")
