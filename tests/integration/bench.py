@@ -5,10 +5,8 @@ called inside it, so that names in commands and messages are as short as a user'
 exit code 2 and one message; nothing that lay in the folder may be touched, nothing may be added.
 """
 
-import hashlib
 import os
 import shutil
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from wanlora.cli import cache_latents, cache_text_encoder_outputs, train_network
 from wanlora.foundation import log as log_module
+from wanlora.foundation.files import Fingerprint, fingerprint
 from wanlora.foundation.random import Streams
-from wanlora.foundation.tensor_files import save_tensors
+from wanlora.foundation.tensor_files import open_tensors, save_tensors
 from wanlora.models.wan.spec import WanSizes
 from wanlora.quickstart.media import SCENES, write_clip, write_picture
 from wanlora.quickstart.tiny_model import TEXT_DIM, TinyWan, transformer_weights
@@ -131,7 +130,7 @@ class Bench:
         missing = [part for part in says if part not in printed]
         assert not missing, f"{missing} not in:\n{printed}"
         after = snapshot(self.folder, may_appear)
-        assert after == before, sorted(set(before.items()) ^ set(after.items()))
+        assert after == before, sorted(name for name, _ in set(before.items()) ^ set(after.items()))
         return printed
 
 
@@ -156,16 +155,10 @@ def parametrised(cases: Mapping[str, Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", list(cases.values()), ids=list(cases))
 
 
-def snapshot(folder: Path, ignored: Sequence[str] = ()) -> dict[str, tuple[int, int, str]]:
-    """Size, time and digest of everything in a folder, by relative name."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name, status = path.relative_to(folder).as_posix(), path.stat()
-        if any(name.startswith(prefix) for prefix in ignored):
-            continue
-        digest = hashlib.blake2b(path.read_bytes()).hexdigest() if path.is_file() else "folder"
-        found[name] = (status.st_size if path.is_file() else 0, status.st_mtime_ns if path.is_file() else 0, digest)
-    return found
+def snapshot(folder: Path, ignored: Sequence[str] = ()) -> dict[str, Fingerprint | None]:
+    """Size, time and digest of every file in a folder, and None for every folder, by relative name."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    return {name: fingerprint(path) if path.is_file() else None for name, path in found.items() if name not in ignored}
 
 
 def furnish(folder: Path, models: TinyWan) -> None:
@@ -206,11 +199,8 @@ def lora(sizes: WanSizes = SIZES, rank: int = 4, module: str = "lora_unet_blocks
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    import json
-
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        return dict(json.loads(file.read(length)).get("__metadata__", {}))
+    with open_tensors(path) as source:
+        return source.metadata
 
 
 TRAINING: Main = train_network.main
