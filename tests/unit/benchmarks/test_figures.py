@@ -1,0 +1,90 @@
+"""Step logs to figures."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks.figures import (
+    PEERS,
+    bucket_of,
+    figures_by_bucket,
+    first_difference,
+    largest_difference,
+    mix_seconds,
+    swap_costs,
+    table,
+)
+from benchmarks.materials import GEOMETRIES
+
+BUCKETS = GEOMETRIES["14B"].buckets
+FILES = (
+    "a_0768x0768_wan.safetensors",
+    "a_00000-001_0768x0416_wan.safetensors",
+    "a_00000-021_0768x0416_wan.safetensors",
+    "a_00012-045_0384x0208_wan.safetensors",
+)
+
+
+def row(file: str, seconds: float, peak: float = 1.0, **other: Any) -> dict[str, Any]:
+    return {"items": [file], "seconds": seconds, "memory/peak_gib": peak, **other}
+
+
+def epoch(seconds: tuple[float, ...]) -> list[dict[str, Any]]:
+    return [row(file, second) for file, second in zip(FILES, seconds, strict=True)]
+
+
+def _cells(*seconds: int) -> list[str]:
+    return [word for second in seconds for word in (f"{second}.000", "/", "1.0")]
+
+
+def test_a_cache_name_tells_its_bucket() -> None:
+    found = [bucket_of(row(file, 1.0)) for file in FILES]
+    assert found == [str(bucket.pixels) for bucket in BUCKETS]
+
+
+def test_warm_up_steps_are_left_out_of_each_bucket() -> None:
+    rows = [row(FILES[0], 90.0, peak=50.0), row(FILES[1], 80.0), row(FILES[0], 3.0, peak=7.0), row(FILES[0], 1.0)]
+    figures = figures_by_bucket([*rows, row(FILES[0], 2.0, peak=8.0)], warmup=1)
+    assert list(figures) == ["768x768x1"]
+    measured = figures["768x768x1"]
+    assert (measured.seconds, measured.fastest, measured.slowest) == (2.0, 1.0, 3.0)
+    assert (measured.peak_gib, measured.num_steps) == (8.0, 3)
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+def test_the_peers_mix_follows_from_their_buckets(peer: Any) -> None:
+    figures = figures_by_bucket(epoch(peer.seconds), warmup=0)
+    assert mix_seconds(figures, BUCKETS) == pytest.approx(peer.mix, rel=0.003)
+
+
+def test_a_mix_without_one_of_its_buckets_is_not_known() -> None:
+    assert mix_seconds(figures_by_bucket(epoch((1, 1, 1, 1))[:3], warmup=0), BUCKETS) is None
+
+
+def test_logs_that_differ_in_the_last_bit_are_told_apart() -> None:
+    ours = [{"step": step, "items": ["a"], "t": [0.5], "loss": 0.3, "grad_norm": 1.0} for step in (1, 2)]
+    theirs = [dict(line) for line in ours]
+    assert first_difference(ours, theirs) is None
+    theirs[1]["grad_norm"] = 1.0 + 2**-52
+    assert first_difference(ours, theirs) == "step 2, grad_norm: 1.0 and 1.0000000000000002"
+    assert first_difference(ours[:1], ours) == "1 steps and 2 steps"
+    theirs[0]["loss"] = 0.6
+    assert largest_difference(ours, theirs) == pytest.approx(0.5)
+
+
+def test_the_table_shows_our_rows_and_the_peers() -> None:
+    measured = {"no-swap": figures_by_bucket(epoch((1, 2, 3, 4)), 0), "failed": figures_by_bucket([], 0)}
+    lines = table(measured, BUCKETS, notes={"failed": "exit code 1"}, peers=True).splitlines()
+    assert lines[1].split() == ["wanlora", "no-swap", *_cells(1, 2, 3, 4), "3240"]
+    assert lines[2].endswith("(exit code 1)")
+    assert len(lines) == 3 + len(PEERS) + 1
+
+
+def test_the_cost_of_swapping_is_relative_to_the_same_settings_without() -> None:
+    measured = {
+        "reference": figures_by_bucket(epoch((1.1, 2.0, 3.0, 4.0)), 0),
+        "no-swap": figures_by_bucket(epoch((1.0, 2.0, 3.0, 5.0)), 0),
+    }
+    (line,) = swap_costs(measured, [("reference", "no-swap"), ("swap-36", "no-swap")], BUCKETS)
+    assert line.startswith("reference against no-swap: 768x768x1 +10.0%, 768x416x1 +0.0%")
+    assert line.endswith("384x208x45 -20.0%")
