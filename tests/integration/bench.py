@@ -60,7 +60,7 @@ TRAIN = (
     *("--optimizer_type", "adamw", "--max_train_steps", "1", "--max_data_loader_n_workers", "0"),
 )
 PREVIEWS = ("--vae", "vae.safetensors", "--t5", "t5.pth", "--sample_prompts", "prompts.txt", "--sample_at_first")
-PICTURE_CACHE = "cache_images/red_0064x048_wan.safetensors"
+PICTURE_CACHE = "cache_images/red_0064x0048_wan.safetensors"
 PICTURE_TEXT = "cache_images/red_wan_te.safetensors"
 CLIP_CACHE = "cache_videos/green_00000-005_0048x0032_wan.safetensors"
 
@@ -118,7 +118,7 @@ class Bench:
         log_module._said.clear()
         code = main(flags)
         printed = self.capture.readouterr()
-        return code, printed.out + printed.err
+        return code, (printed.out + printed.err).replace(os.sep, "/")
 
     def refuses(self, main: Main, flags: Sequence[str], says: Sequence[str], may_appear: Sequence[str] = ()) -> str:
         """Call a program that must refuse its input; returns what was printed."""

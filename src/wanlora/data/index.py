@@ -21,6 +21,7 @@ from wanlora.foundation.log import warn_once
 INDEX_NAME = "wanlora_index.json"
 _FORMAT = 1
 _THREADS = 4
+_KEYS = {"kind", "size", "mtime_ns", "width", "height", "rate", "times"}
 
 
 class SourceIndex:
@@ -117,9 +118,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         entries: dict[str, dict[str, Any]] = content["sources"] if content["format"] == _FORMAT else {}
+        return {name: entry for name, entry in entries.items() if entry.keys() >= _KEYS}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warn_once(f"{path} cannot be read ({error}); the sources are measured again")
         return {}
-    return entries

@@ -119,19 +119,22 @@ class LoRANetwork:
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
 
-    def check_state(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise `CheckpointError` unless a training state with tensors of these shapes is one of this network."""
+    def check_state(self, shapes: Mapping[str, tuple[int, ...]], source: str = "the saved state") -> None:
+        """Raise `CheckpointError` unless a training state with tensors of these shapes is one of this network.
+
+        `source` names the state in messages.
+        """
         own = self.state_dict()
         if set(own) != set(shapes):
             raise CheckpointError(
-                f"the saved state adapts other modules than this run ({_difference(own, shapes)}); resume with the "
+                f"{source} adapts other modules than this run ({_difference(own, shapes)}); resume with the "
                 "network arguments it was made with"
             )
         wrong = [name for name in own if own[name].shape != shapes[name]]
         if wrong:
             name = wrong[0]
             raise CheckpointError(
-                f"the saved state has {name} as {list(shapes[name])}, this run as {list(own[name].shape)}; resume "
+                f"{source} has {name} as {list(shapes[name])}, this run as {list(own[name].shape)}; resume "
                 "with the --network_dim it was made with"
             )
 

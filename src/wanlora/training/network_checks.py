@@ -60,7 +60,7 @@ def choose_network(
     with problems.collect():
         if state is not None:
             with open_tensors(state / ADAPTER) as source:
-                network.check_state({name: source.shape(name) for name in source.names})
+                network.check_state({name: source.shape(name) for name in source.names}, f"--resume {state}")
     return NetworkChoice(targets=targets, partial=set(targets) != set(modules), ranks=ranks, alphas=alphas)
 
 
