@@ -21,10 +21,6 @@ REFERENCE = (
     "--discrete_flow_shift 3.0 --save_every_n_epochs 1 --save_state --seed 2025 --log_config --log_with tensorboard"
 )
 """The flags of the reference run but for swapping, files, length and previews."""
-DETERMINISTIC = "--deterministic"
-"""What asks measured_trainer.py for deterministic kernels."""
-_FOR_DETERMINISM = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""What deterministic matrix products need from the start of the process."""
 _POLL_SECONDS = 0.1
 _REPORT_SECONDS = 10.0
 _GRACE_SECONDS = 20.0
@@ -145,19 +141,18 @@ def _discard_all_but(kept: set[Path]) -> None:
 def _start(
     setting: Setting, geometry: str, materials: Materials, output: Path, num_steps: int, log: TextIO
 ) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "measured_trainer.py")]
-    command += [DETERMINISTIC] if setting.deterministic else []
-    command += ["--task", GEOMETRIES[geometry].task, "--dit", str(materials.dit), *setting.flags]
+    command = [sys.executable, str(ROOT / "wan_train_network.py"), "--task", GEOMETRIES[geometry].task]
+    command += ["--dit", str(materials.dit), *setting.flags, *(["--deterministic"] if setting.deterministic else [])]
     command += ["--dataset_config", str(materials.dataset), "--max_train_steps", str(num_steps)]
     command += ["--output_dir", str(output), "--output_name", "run", "--logging_dir", str(output / "logs")]
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_environment(setting), cwd=ROOT)
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_environment(), cwd=ROOT)
 
 
-def _environment(setting: Setting) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """The project is found whether it is installed or not."""
     folders = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, folders)), "PYTHONUNBUFFERED": "1"}
-    return os.environ | paths | (_FOR_DETERMINISM if setting.deterministic else {})
+    return os.environ | paths
 
 
 def _watch(
