@@ -46,6 +46,9 @@ FLAGS = {
     "wrong type": Case(flags=("--network_dim", "abc"), says=("--network_dim must be a whole number, got 'abc'",)),
     "not a number": Case(flags=("--learning_rate", "nan"), says=("--learning_rate must be a finite number",)),
     "rank 0": Case(flags=("--network_dim", "0"), says=("--network_dim must be at least 1, got 0",)),
+    "rank beyond any layer": Case(
+        flags=("--network_dim", "99999999999"), says=("--network_dim 99999999999 is more than", "5120 is the most")
+    ),
     "decimal comma": Case(
         flags=("--learning_rate", "1,5e-4"), says=("--learning_rate must be a number, got '1,5e-4'",)
     ),
@@ -104,6 +107,16 @@ LEARNING = {
         flags=("--lr_scheduler_type", "torch.optim.lr_scheduler.StepLR"),
         says=("--lr_scheduler_type", "step_size", "check the name and --lr_scheduler_args"),
     ),
+    "scheduler class that wants a loss": Case(
+        flags=("--lr_scheduler_type", "torch.optim.lr_scheduler.ReduceLROnPlateau"),
+        says=("ReduceLROnPlateau cannot be used", "metrics"),
+    ),
+    "optimizer of sparse gradients": Case(
+        flags=("--optimizer_type", "SparseAdam"), says=("unknown --optimizer_type 'SparseAdam'", "known: adamw")
+    ),
+    "optimizer that evaluates the loss again": Case(
+        flags=("--optimizer_type", "LBFGS"), says=("--optimizer_type LBFGS evaluates the loss", "use adamw8bit")
+    ),
     "unknown optimizer": Case(flags=("--optimizer_type", "adamw9bit"), says=("did you mean 'adamw8bit'?",)),
     "unknown class of torch": Case(flags=("--optimizer_type", "AdamX"), says=("'AdamX'", "or the dotted path")),
     "optimizer of a package that is not installed": Case(
@@ -140,6 +153,9 @@ LEARNING = {
     ),
     "module of another trainer": Case(
         flags=("--network_module", "networks.lora"), says=("--network_module networks.lora", "use networks.lora_wan")
+    ),
+    "a path for a module": Case(
+        flags=("--network_module", ".."), says=("--network_module ..", "use networks.lora_wan")
     ),
     "more multipliers than files": Case(
         flags=("--base_weights_multiplier", "1", "0.5"), says=("has 2 values for 0 --base_weights",)

@@ -37,6 +37,8 @@ _SCHEDULER_OPTIONS = {
     "lr_decay_steps": ("warmup_stable_decay",),
 }
 """Schedule options, and the schedules that read them."""
+_LARGEST_RANK = 5120
+"""Width of the 14B models: an update of this rank can be any matrix."""
 
 
 def check_latent_cache(config: LatentCacheConfig, given: Given, problems: Problems) -> None:
@@ -162,6 +164,8 @@ def _timesteps(config: TrainConfig, given: Given, problems: Problems) -> None:
 def _network(config: TrainConfig, given: Given, problems: Problems) -> None:
     network = config.network
     read_network_args(network.network_args, problems)
+    if network.rank > _LARGEST_RANK:
+        problems.add(f"--network_dim {network.rank} is more than a layer has to offer; {_LARGEST_RANK} is the most")
     if network.dim_from_weights and network.network_weights is None:
         problems.add("--dim_from_weights needs --network_weights, the LoRA file to take the rank from")
     elif network.dim_from_weights:

@@ -68,7 +68,7 @@ def import_network(name: str | None) -> None:
     """Raise `ConfigError` unless --network_module is a module that makes LoRAs for Wan."""
     try:
         module = importlib.import_module(name or "")
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, TypeError) as error:
         raise ConfigError(f"--network_module {name} cannot be imported ({error}); use networks.lora_wan") from error
     if not hasattr(module, "inject"):
         raise ConfigError(f"--network_module {name} makes no LoRA for Wan; use networks.lora_wan")

@@ -24,6 +24,9 @@ from wanlora.foundation.registry import Registry
 ParameterGroups = list[dict[str, Any]]
 Maker = Callable[..., Optimizer]
 
+_UNFIT = (Optimizer, torch.optim.SparseAdam)
+"""Classes of torch.optim that take no step on ordinary gradients."""
+
 OPTIMIZERS: Registry[Callable[[], Maker]] = Registry("optimizer_type")
 
 
@@ -118,7 +121,7 @@ def _from_torch(name: str) -> Maker:
     classes = {
         attribute: value
         for attribute, value in vars(torch.optim).items()
-        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
+        if isinstance(value, type) and issubclass(value, Optimizer) and value not in _UNFIT
     }
     if name not in classes:
         known = [*OPTIMIZERS.names, *classes]

@@ -1,6 +1,7 @@
 """Applying a learning-rate schedule to an optimizer."""
 
 import importlib
+import inspect
 from typing import Any, Protocol
 
 from torch.optim import Optimizer
@@ -54,10 +55,11 @@ class ForeignRates:
         try:
             scheduler_class = getattr(importlib.import_module(module_name or "torch.optim.lr_scheduler"), class_name)
             self.scheduler = scheduler_class(optimizer, **arguments)
+            inspect.signature(self.scheduler.step).bind()  # some want to be told a loss at each step
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             given = " ".join(f"{key}={value}" for key, value in arguments.items()) or "(none given)"
             raise ConfigError(
-                f"--lr_scheduler_type {path} cannot be made ({error}); check the name and --lr_scheduler_args {given}"
+                f"--lr_scheduler_type {path} cannot be used ({error}); check the name and --lr_scheduler_args {given}"
             ) from error
 
     def before(self, step: int) -> None:
