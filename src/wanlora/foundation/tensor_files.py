@@ -173,7 +173,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """Write a `.safetensors` file, whole or not at all."""
     contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, metadata=dict(metadata or {}))
+        save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
 
 
 def _read_header(path: Path) -> dict[str, Any]:
