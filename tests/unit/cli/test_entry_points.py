@@ -1,0 +1,102 @@
+"""How commands end, and what the scripts offer."""
+
+import signal
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from wanlora.cli import cache_latents, cache_text_encoder_outputs, main, train_network
+from wanlora.cli.entry import run_command
+from wanlora.foundation.errors import ConfigError
+from wanlora.foundation.log import log
+
+Captured = pytest.CaptureFixture[str]
+
+
+def refuse(argv: Sequence[str]) -> int:
+    raise ConfigError("--what is wrong; do it so")
+
+
+def test_success_is_zero() -> None:
+    assert run_command(lambda argv: 0, []) == 0
+
+
+def test_what_the_user_can_mend_is_two_and_one_message(capsys: Captured) -> None:
+    assert run_command(refuse, []) == 2
+    assert capsys.readouterr().err == "error: --what is wrong; do it so\n"
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ConfigError):
+        run_command(refuse, ["--debug"])
+
+
+def test_a_fault_of_the_program_keeps_its_traceback() -> None:
+    def fail(argv: Sequence[str]) -> int:
+        raise KeyError("a fault")
+
+    with pytest.raises(KeyError):
+        run_command(fail, [])
+
+
+def test_ctrl_c_is_130(capsys: Captured) -> None:
+    def interrupted(argv: Sequence[str]) -> int:
+        signal.raise_signal(signal.SIGINT)
+        return 0
+
+    assert run_command(interrupted, []) == 130
+    assert "stopped by Ctrl-C" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "shown"), [(None, True), ("0", True), ("1", False)])
+def test_of_several_processes_the_first_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, rank: str | None, shown: bool
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+
+    def speak(argv: Sequence[str]) -> int:
+        log.info("hello")
+        return 0
+
+    run_command(speak, [])
+    assert ("hello" in capsys.readouterr().err) == shown
+
+
+@pytest.mark.parametrize(
+    "script",
+    [cache_latents.main, cache_text_encoder_outputs.main, train_network.main],
+    ids=lambda main: main.__module__,
+)
+def test_every_script_has_help_and_refuses_unknown_flags(
+    script: Callable[[Sequence[str]], int], capsys: Captured
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        script(["--help"])
+    assert left.value.code == 0
+    assert "--dataset_config" in capsys.readouterr().out
+    assert script(["--dataset_confg", "style.toml"]) == 2
+    assert "did you mean '--dataset_config'" in capsys.readouterr().err
+
+
+def test_choices_come_from_the_registries() -> None:
+    offered = train_network.choices()
+    assert {"t2v-1.3B", "t2v-14B"} <= set(offered["task"])
+    assert {"sigma", "shift", "flux_shift", "logsnr"} <= set(offered["timestep_sampling"])
+    assert {"constant", "cosine", "rex", "piecewise_constant"} <= set(offered["lr_scheduler"])
+    assert {"unipc", "euler"} <= set(offered["sample_solver"])
+    assert {"none", "sigma_sqrt", "cosmap"} <= set(offered["weighting_scheme"])
+
+
+def test_the_console_command_lists_every_option(capsys: Captured) -> None:
+    assert main.main(["options"]) == 0
+    page = capsys.readouterr().out
+    assert "blocks_to_swap" in page and "target_frames" in page
+
+
+def test_the_console_command_says_its_version(capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as left:
+        main.main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith("wanlora ")

@@ -1,0 +1,137 @@
+"""What is built from the settings, read back from the built parts."""
+
+import logging
+
+import pytest
+import torch
+
+from tests.runs import TrainingFolder
+from tests.unit.training.conftest import Checked
+from tests.unit.training.parts import CPU
+from wanlora.config.train import MemoryConfig
+from wanlora.foundation.log import log
+from wanlora.foundation.random import Streams
+from wanlora.lora.files import save_lora
+from wanlora.memory.checkpointing import Recompute
+from wanlora.memory.compile import is_compiled
+from wanlora.models.wan.transformer import WanTransformer
+from wanlora.quantization.linear import Fp8Linear
+from wanlora.training.build import Trainee, build_trainee, num_streamed, residual_dtype, wants_compile
+
+
+def build(checked: Checked, *flags: str) -> Trainee:
+    config, prepared = checked(*flags)
+    return build_trainee(config, prepared, CPU, Streams(7), quiet=True)
+
+
+def recomputed(model: WanTransformer) -> tuple[int, ...]:
+    assert isinstance(model.run_block, Recompute)
+    return model.run_block.indexes
+
+
+def test_a_plain_run(checked: Checked) -> None:
+    built = build(checked, "--network_dim", "6", "--network_alpha", "3")
+    assert built.dtype is torch.float32
+    assert built.stream is None
+    assert recomputed(built.model) == ()
+    assert not any(is_compiled(block) for block in built.model.blocks)
+    assert built.model.attention == "sdpa"
+    adapter = built.network.adapters["blocks.0.self_attn.q"]
+    assert (adapter.rank, adapter.scale) == (6, 0.5)
+    trained = {id(parameter) for parameter in built.model.parameters() if parameter.requires_grad}
+    assert trained == {id(parameter) for parameter in built.network.parameters()}
+    assert all(parameter.dtype is torch.float32 for parameter in built.network.parameters())
+    assert built.model.training
+
+
+def test_every_kind_of_dropout_reaches_the_adapters(checked: Checked) -> None:
+    arguments = ("--network_dropout", "0.1", "--network_args", "rank_dropout=0.2", "module_dropout=0.3")
+    for adapter in build(checked, *arguments).network.adapters.values():
+        assert (adapter.dropout, adapter.rank_dropout, adapter.module_dropout) == (0.1, 0.2, 0.3)
+
+
+def test_initial_weights_are_a_function_of_the_seed(checked: Checked) -> None:
+    one, other = (build(checked).network.state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("flags", "kind"), [(["--fp8_base"], "plain"), (["--fp8_base", "--fp8_scaled"], "scaled")])
+def test_fp8_weights_lie_under_the_adapters(checked: Checked, flags: list[str], kind: str) -> None:
+    built = build(checked, *flags, "--mixed_precision", "bf16")
+    base = built.network.adapters["blocks.3.ffn.0"].base
+    assert isinstance(base, Fp8Linear)
+    assert base.weight.dtype is torch.float8_e4m3fn
+    assert (built.dtype, built.model.compute_dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+def test_compiling_is_done_when_asked_for(checked: Checked) -> None:
+    built = build(checked, "--compile", "--compile_backend", "eager")
+    assert all(is_compiled(block) for block in built.model.blocks)
+
+
+def test_compiling_is_the_default_only_on_cuda_with_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    monkeypatch.setattr("wanlora.training.build.missing_compiler", lambda device: None)
+    assert wants_compile(MemoryConfig(), cuda)
+    assert not wants_compile(MemoryConfig(), CPU)
+    assert wants_compile(MemoryConfig(compile=True), CPU)
+    assert not wants_compile(MemoryConfig(compile=False), cuda)
+    monkeypatch.setattr("wanlora.training.build.missing_compiler", lambda device: "there is no C compiler")
+    assert not wants_compile(MemoryConfig(compile=True), cuda)
+    assert wants_compile(MemoryConfig(compile=True, compile_backend="eager"), CPU)
+
+
+def test_recomputation_covers_all_blocks_with_gradient_checkpointing(checked: Checked) -> None:
+    built = build(checked, "--gradient_checkpointing", "--gradient_checkpointing_cpu_offload")
+    assert recomputed(built.model) == tuple(range(len(built.model.blocks)))
+    assert isinstance(built.model.run_block, Recompute) and built.model.run_block.offload
+
+
+def test_blocks_are_swapped_only_where_there_is_a_card() -> None:
+    cuda = torch.device("cuda")
+    assert num_streamed(MemoryConfig(blocks_to_swap=10), CPU, 40) == 0
+    assert num_streamed(MemoryConfig(blocks_to_swap=10, block_swap_ring_size=3), cuda, 40) == 13
+    assert num_streamed(MemoryConfig(blocks_to_swap=39), cuda, 40) == 40
+    assert num_streamed(MemoryConfig(), cuda, 40) == 0
+
+
+def test_the_residual_stream_is_float32_unless_asked_otherwise(checked: Checked) -> None:
+    assert residual_dtype(MemoryConfig()) is torch.float32
+    assert build(checked, "--residual_dtype", "bfloat16").model.residual_dtype is torch.bfloat16
+
+
+def test_chosen_modules_are_trained_and_listed(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.INFO, logger="wanlora")
+    built = build(checked, "--network_args", "include_patterns=['blocks.[01].ffn.*']", "verbose=True")
+    chosen = {f"blocks.{block}.ffn.{layer}" for block in (0, 1) for layer in (0, 2)}
+    assert set(built.network.adapters) == chosen
+    listed = {record.getMessage().split(":")[0].strip() for record in caplog.records}
+    assert chosen <= listed
+
+
+def test_a_run_goes_on_from_a_lora_file_and_its_ranks(checked: Checked, training_folder: TrainingFolder) -> None:
+    first = build(checked, "--network_dim", "2", "--network_alpha", "1").network
+    for adapter in first.adapters.values():
+        torch.nn.init.normal_(adapter.lora_up.weight)
+    path = training_folder.folder / "first.safetensors"
+    save_lora(path, first)
+    second = build(checked, "--network_weights", str(path), "--dim_from_weights").network
+    assert {adapter.rank for adapter in second.adapters.values()} == {2}
+    assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
+
+
+def test_merged_loras_change_the_base_and_not_the_adapters(checked: Checked, training_folder: TrainingFolder) -> None:
+    first = build(checked)
+    for adapter in first.network.adapters.values():
+        torch.nn.init.normal_(adapter.lora_up.weight, std=0.01)
+    path = training_folder.folder / "first.safetensors"
+    save_lora(path, first.network)
+    merged = build(checked, "--base_weights", str(path), "--base_weights_multiplier", "0.5")
+    adapter, after = (built.network.adapters["blocks.2.ffn.2"] for built in (first, merged))
+    update = adapter.scale * adapter.lora_up.weight @ adapter.lora_down.weight
+    base, changed = (part.base.get_parameter("weight") for part in (adapter, after))
+    torch.testing.assert_close(changed, base + 0.5 * update)
+    assert not after.lora_up.weight.any()

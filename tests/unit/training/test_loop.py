@@ -1,0 +1,210 @@
+"""The loop: which batches reach it, and what is kept of a run that ends early."""
+
+import signal
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.training.parts import PIXELS, Velocity, batch, engine, noise, step_of
+from wanlora.data.dataset import Batch
+from wanlora.data.order import BatchSpec
+from wanlora.foundation.errors import DataError
+from wanlora.foundation.ranks import Rank
+from wanlora.training.interrupts import Interrupts
+from wanlora.training.loop import Feed, Trainer
+from wanlora.training.metrics import Metrics
+from wanlora.training.position import Position
+from wanlora.training.step import StepReport, TrainingStep
+
+LENGTH = 4
+
+
+def order(epoch: int) -> tuple[BatchSpec, ...]:
+    return tuple(BatchSpec((10 * epoch + index,), PIXELS) for index in range(LENGTH))
+
+
+def load(specs: list[BatchSpec]) -> Iterable[Batch]:
+    return (batch(spec.indexes[0]) for spec in specs)
+
+
+class Saved:
+    """Checkpoints that remember position and weights."""
+
+    def __init__(self, step: TrainingStep, total: int) -> None:
+        self.step = step
+        self.total = total
+        self.finished = False
+        self.events: list[tuple[str, Position, torch.Tensor]] = []
+
+    def when_due(self, position: Position, *, epoch_ended: bool) -> None:
+        if position.step == self.total:
+            self.finished = True
+            self._note("end", position)
+
+    def when_stopped(self, position: Position) -> str:
+        self._note("stopped", position)
+        return "the folder"
+
+    def _note(self, what: str, position: Position) -> None:
+        self.events.append((what, position, self.step.parameters[0].detach().clone()))
+
+
+class NoPreviews:
+    """Previews that remember when they were called; `spoil` runs then."""
+
+    def __init__(self, saved: Saved, spoil: Callable[[Position], None]) -> None:
+        self.saved = saved
+        self.spoil = spoil
+        self.seen: list[tuple[int, bool]] = []
+
+    def at_first(self, position: Position) -> None:
+        self.seen.append((position.step, False))
+
+    def when_due(self, position: Position, *, epoch_ended: bool) -> None:
+        self.seen.append((position.step, epoch_ended))
+        self.spoil(position)
+
+
+class Spoilt(TrainingStep):
+    """A step that `before` and `after` an update does something else too."""
+
+    before_measure: Callable[[Position], None] = staticmethod(lambda position: None)
+    after_update: Callable[[Position], None] = staticmethod(lambda position: None)
+
+    def measure(self, share: Any, position: Position, num_batches: int) -> StepReport:
+        self.before_measure(position)
+        return super().measure(share, position, num_batches)
+
+    def update(self, position: Position) -> None:
+        super().update(position)
+        self.after_update(position)
+
+
+def trainer(
+    *, total: int = 6, position: Position | None = None, previews: Callable[[Position], None] = lambda position: None
+) -> tuple[Trainer, Spoilt, Saved]:
+    step = step_of(Velocity(), made=noise((1,) * LENGTH))
+    step.__class__ = Spoilt
+    assert isinstance(step, Spoilt)
+    saved = Saved(step, total)
+    start = position or Position()
+    made = Trainer(
+        feed=Feed(order, load, Rank(), 1),
+        step=step,
+        after_step=dict,  # type: ignore[arg-type]
+        metrics=Metrics(
+            position=start, total_steps=total, window=LENGTH, tracker=lambda values, step: None, log=None, losses=[]
+        ),
+        previews=NoPreviews(saved, previews),  # type: ignore[arg-type]
+        checkpoints=saved,  # type: ignore[arg-type]
+        interrupts=Interrupts(engine()),
+        position=start,
+        total_steps=total,
+    )
+    return made, step, saved
+
+
+def weights_after(steps: int) -> torch.Tensor:
+    """The trained weights of an undisturbed run."""
+    made, _, saved = trainer(total=steps)
+    made.train()
+    return saved.events[-1][2]
+
+
+def press_ctrl_c_at(step: int) -> Callable[[Position], None]:
+    return lambda position: signal.raise_signal(signal.SIGINT) if position.step == step else None
+
+
+def fail_at(step: int) -> Callable[[Position], None]:
+    def fail(position: Position) -> None:
+        if position.step == step:
+            raise DataError("a clip is broken")
+
+    return fail
+
+
+def test_every_batch_of_every_epoch_comes_in_order() -> None:
+    made, step, _ = trainer(total=2 * LENGTH)
+    seen: list[str] = []
+    step.before_measure = lambda position: seen.append(f"{position.epoch}.{position.batch}")
+    made.train()
+    assert seen == [f"{epoch}.{index}" for epoch in range(2) for index in range(LENGTH)]
+    assert made.position == Position(step=2 * LENGTH, epoch=2)
+
+
+def test_a_feed_gives_the_same_rest_from_the_middle() -> None:
+    feed = Feed(order, load, Rank(), 1)
+    whole = [work.share[0] for work in feed.rest_of_epoch(Position(epoch=1))]
+    rest = [work.share[0] for work in feed.rest_of_epoch(Position(step=6, epoch=1, batch=2))]
+    assert [item.index for item in rest] == [2, 3]
+    assert [item.batch.names for item in rest] == [item.batch.names for item in whole[2:]]
+
+
+def test_the_end_is_saved_before_the_last_previews() -> None:
+    made, _, saved = trainer(previews=fail_at(6))
+    with pytest.raises(DataError):
+        made.train()
+    assert [(what, position.step) for what, position, _ in saved.events] == [("end", 6)]
+
+
+@pytest.mark.parametrize("moment", ["measuring", "previews"])
+def test_ctrl_c_keeps_the_steps_that_are_whole(moment: str) -> None:
+    made, step, saved = trainer(previews=press_ctrl_c_at(3) if moment == "previews" else lambda position: None)
+    if moment == "measuring":
+        step.before_measure = press_ctrl_c_at(3)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    ((what, position, weights),) = saved.events
+    assert (what, position) == ("stopped", Position(step=3, batch=3))
+    assert torch.equal(weights, weights_after(3))
+
+
+def test_ctrl_c_in_the_middle_of_an_update_keeps_the_finished_step() -> None:
+    made, step, saved = trainer()
+    step.after_update = press_ctrl_c_at(2)  # the third update
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    ((what, position, weights),) = saved.events
+    assert (what, position) == ("stopped", Position(step=3, batch=3))
+    assert torch.equal(weights, weights_after(3))
+    assert list(made.metrics.losses)[-1:] and len(made.metrics.losses) == 3
+
+
+def test_an_error_in_a_step_keeps_the_steps_before_and_passes_on() -> None:
+    made, step, saved = trainer()
+    step.before_measure = fail_at(4)
+    with pytest.raises(DataError, match="a clip is broken"):
+        made.train()
+    ((what, position, weights),) = saved.events
+    assert (what, position) == ("stopped", Position(step=4, epoch=1))
+    assert torch.equal(weights, weights_after(4))
+
+
+def test_weights_of_half_an_update_are_not_kept() -> None:
+    made, step, saved = trainer()
+    step.after_update = fail_at(4)
+    with pytest.raises(DataError):
+        made.train()
+    assert saved.events == []
+
+
+def test_nothing_is_kept_of_a_run_that_took_no_step() -> None:
+    made, step, saved = trainer(position=Position(step=2, batch=2))
+    step.before_measure = fail_at(2)
+    with pytest.raises(DataError):
+        made.train()
+    assert saved.events == []
+
+
+def test_a_failure_to_keep_does_not_hide_why_the_run_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, step, saved = trainer()
+    step.before_measure = fail_at(4)
+
+    def full(position: Position) -> str:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(saved, "when_stopped", full)
+    with pytest.raises(DataError, match="a clip is broken"):
+        made.train()

@@ -1,0 +1,106 @@
+"""Whole runs of the real trainer on a tiny Wan."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.runs import TrainingFolder
+from wanlora.cli.train_network import main
+from wanlora.training import objective
+from wanlora.training.metrics import read_steps
+from wanlora.training.position import Position
+from wanlora.training.state import load_state, read_record
+
+
+def rows(folder: TrainingFolder, name: str) -> list[dict[str, float]]:
+    return read_steps(folder.output / f"{name}-steps.jsonl")
+
+
+def test_more_epochs_and_other_data_go_on_from_where_a_run_ended(training_folder: TrainingFolder) -> None:
+    toml = training_folder.toml
+    pictures = toml.read_text().partition("[[datasets]]\nvideo_directory")[0]
+    toml.write_text(pictures)
+    arguments = training_folder.arguments("style", "--save_state", "--lr_scheduler", "linear")
+    training_folder.train([*arguments, "--max_train_epochs", "1"])
+    assert read_record(training_folder.output / "style-state").position == Position(step=2, epoch=1)
+    longer = [*arguments, "--max_train_epochs", "2", "--save_every_n_steps", "3"]
+    text = training_folder.train([*longer, "--resume", "latest"])
+    assert "the run now ends at step 4 instead of 2: the learning rate goes on at 0.5 of its base" in text
+    toml.write_text(pictures.replace("batch_size = 2", "batch_size = 1"))
+    state = training_folder.output / "style-step00000003-state"
+    text = training_folder.train([*arguments, "--max_train_epochs", "3", "--resume", str(state)])
+    assert "the dataset has changed: 3 batches an epoch instead of 2; epoch 2 begins anew" in text
+    assert [row["step"] for row in rows(training_folder, "style")] == list(range(1, 10))
+    assert rows(training_folder, "style")[-1]["epoch"] == 3
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_steps_before(
+    training_folder: TrainingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = objective.velocity
+
+    def break_down(x0: torch.Tensor, x1: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return drawn(x0, x1) * (float("nan") if len(calls) == 3 else 1.0)
+
+    calls: list[int] = []
+    monkeypatch.setattr(objective, "velocity", break_down)
+    code = main(training_folder.arguments("style", "--max_train_steps", "5"))
+    text = training_folder.capture.readouterr().err
+    assert code == 2
+    assert "the loss of step 3 is not a finite number" in text and "_wan.safetensors (t = " in text
+    assert "go on with --resume" in text and "Traceback" not in text
+    state = load_state(training_folder.output / "style-step00000002-state")
+    assert state.record.position.step == 2
+    assert all(tensor.isfinite().all() for tensor in state.adapter.values())
+
+
+def test_memory_that_runs_out_while_loading_is_explained(
+    training_folder: TrainingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("wanlora.training.run.build_trainee", too_much)
+    code = main(training_folder.arguments("style", "--max_train_steps", "1"))
+    text = training_folder.capture.readouterr().err
+    assert code == 2
+    assert "does not suffice for the model" in text and "--blocks_to_swap 10" in text and "Traceback" not in text
+
+
+def test_readers_that_are_spawned_feed_the_trainer(training_folder: TrainingFolder) -> None:
+    arguments = training_folder.arguments("style", "--max_train_steps", "2", "--max_data_loader_n_workers", "1")
+    script = training_folder.folder / "train.py"
+    script.write_text(
+        "import multiprocessing, sys\n"
+        "from wanlora.cli.train_network import main\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method('spawn')\n"
+        "    sys.exit(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    training_folder.train(training_folder.arguments("plain", "--max_train_steps", "2"))
+    same = ("loss", "items", "t")
+    assert [{key: row[key] for key in same} for row in rows(training_folder, "style")] == [
+        {key: row[key] for key in same} for row in rows(training_folder, "plain")
+    ]
+
+
+def test_a_file_says_what_the_run_was(training_folder: TrainingFolder) -> None:
+    training_folder.train(training_folder.arguments("style", "--max_train_steps", "2", "--save_precision", "bf16"))
+    with safe_open(training_folder.output / "style.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+        assert file.get_tensor("lora_unet_blocks_0_ffn_0.lora_up.weight").dtype is torch.bfloat16
+    assert (metadata["ss_steps"], metadata["ss_seed"], metadata["ss_save_precision"]) == ("2", "7", "bf16")
+    assert len(metadata["sshs_model_hash"]) == 64
