@@ -91,6 +91,8 @@ def _adafactor() -> Maker:
 def choose_optimizer(config: OptimizerConfig, arguments: Mapping[str, Any]) -> OptimizerChoice:
     """Find and import the class behind `--optimizer_type`; `arguments` are the parsed `--optimizer_args`."""
     name = config.optimizer_type or "adamw"
+    if "lr" in arguments:
+        raise ConfigError("--optimizer_args lr: the learning rate is set by --learning_rate; remove lr")
     chosen: dict[str, Any] = {"lr": config.learning_rate, **arguments}
     if name.lower() in OPTIMIZERS.names:
         maker = OPTIMIZERS.get(name.lower())()

@@ -93,7 +93,7 @@ def restore(state: SavedState, network: LoRANetwork, step: TrainingStep, argumen
             "--optimizer_type and --network_args it was made with"
         ) from error
     for group in step.optimizer.param_groups:
-        group.update({name: value for name, value in arguments.items() if name in group and name != "lr"})
+        group.update({name: value for name, value in arguments.items() if name in group})
     step.rates.load_state_dict(state.rates)
     if step.scaler and state.scaler:
         step.scaler.load_state_dict(state.scaler)

@@ -106,6 +106,7 @@ def test_schedule_free_keeps_its_rate_and_changes_its_mode() -> None:
         ("no_such_package.Thing", (), "pip install no_such_package"),
         ("torch.optim.Thing", (), "torch.optim has no optimizer class Thing"),
         ("torch.nn.Linear", (), "has no optimizer class Linear"),
+        ("adamw", ("lr=1e-3",), "set by --learning_rate"),
         ("LBFGS", (), "evaluates the loss several times"),
     ],
 )
