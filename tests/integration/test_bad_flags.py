@@ -52,9 +52,13 @@ FLAGS = {
     "decimal comma": Case(
         flags=("--learning_rate", "1,5e-4"), says=("--learning_rate must be a number, got '1,5e-4'",)
     ),
-    "image to video": Case(flags=("--task", "i2v-14B"), says=("--task i2v-14B is not supported", "t2v-14B")),
+    "image to video": Case(
+        flags=("--task", "i2v-14B"), says=("--task i2v-14B: Wan2.1 image to video needs", "t2v-14B")
+    ),
     "two experts": Case(flags=("--dit_high_noise", "high.safetensors"), says=("--dit_high_noise", "train one")),
-    "task of two experts": Case(flags=("--task", "t2v-A14B"), says=("t2v-A14B is not supported; wanlora trains",)),
+    "task of two experts": Case(
+        flags=("--task", "t2v-A14B"), says=("Wan2.2 text to video trains two experts", "choose from t2v-1.3B")
+    ),
     "one frame": Case(flags=("--one_frame",), says=("--one_frame", "remove the flag")),
     "upload": Case(
         flags=("--huggingface_repo_id", "me/style"), says=("--huggingface_repo_id", "upload the saved files")

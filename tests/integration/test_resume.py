@@ -33,8 +33,10 @@ def run_in_a_new_process(arguments: list[str]) -> None:
         pytest.param(3, ["--max_data_loader_n_workers", "2", "--persistent_data_loader_workers"], id="inside-an-epoch"),
         pytest.param(
             3,
-            [*("--max_data_loader_n_workers", "0"), *("--gradient_accumulation_steps", "2"), "--network_dropout", "0.1"]
-            + ["--lr_scheduler", "cosine", "--optimizer_type", "adamw8bit", "--num_timestep_buckets", "4"],
+            [
+                *("--max_data_loader_n_workers", "0", "--gradient_accumulation_steps", "2", "--network_dropout", "0.1"),
+                *("--lr_scheduler", "cosine", "--optimizer_type", "adamw8bit", "--num_timestep_buckets", "4"),
+            ],
             id="accumulation-dropout-cosine-8bit",
         ),
     ],

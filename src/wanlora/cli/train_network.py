@@ -8,7 +8,7 @@ from wanlora.config.flags import parse_train
 from wanlora.diffusion.solvers import SOLVERS
 from wanlora.diffusion.timesteps import TIMESTEP_SAMPLERS
 from wanlora.diffusion.weighting import LOSS_WEIGHTINGS
-from wanlora.models.wan.spec import TASKS
+from wanlora.models.wan.spec import FUTURE_TASKS, TASKS
 from wanlora.training.optimizers import OPTIMIZERS
 from wanlora.training.run import train
 from wanlora.training.schedules import SCHEDULES
@@ -28,7 +28,7 @@ def choices() -> dict[str, tuple[str, ...]]:
 
 def command(argv: Sequence[str]) -> int:
     """Train as the arguments say."""
-    train(parse_train(argv, choices()))
+    train(parse_train(argv, choices(), refusals={"task": FUTURE_TASKS}))
     return 0
 
 

@@ -8,13 +8,13 @@ values after it, by the same checks that values from files pass: so one run repo
 import argparse
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import MISSING, dataclass, field, replace
 from decimal import Decimal
 from functools import cached_property
 from typing import Any
 
 from wanlora.config.fields import Setting, groups_of, settings_of
-from wanlora.config.musubi import ANSWERED_FLAGS, MEANS_DEFAULT, MUSUBI_FLAGS, MUSUBI_TASKS, Answer
+from wanlora.config.musubi import ANSWERED_FLAGS, MEANS_DEFAULT, MUSUBI_FLAGS, Answer
 from wanlora.foundation.errors import ConfigError, Problems, did_you_mean
 from wanlora.foundation.log import log, say_once
 
@@ -32,6 +32,8 @@ class Command:
     config_class: type
     choices: Mapping[str, Sequence[str]]
     """Names that registries know, by setting."""
+    refusals: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Values that users may know from elsewhere and that cannot be had here: why, by setting and value."""
     config_file: bool = False
     """Whether `--config_file` may hold the flags."""
 
@@ -61,6 +63,11 @@ class Command:
         """Everything that may be typed after two dashes."""
         extra = ("help", "config_file") if self.config_file else ("help",)
         return (*self.settings, *self.negations, *self.answered, *extra)
+
+    def refusal(self, setting: Setting, value: Any) -> str:
+        """The end of a sentence on a value that is known and refused; empty for any other."""
+        why = self.refusals.get(setting.name, {}).get(value) if isinstance(value, str) else None
+        return f"{value}: {why}; choose from {', '.join(setting.kind.words)}" if why else ""
 
     def _with_choices(self, setting: Setting) -> Setting:
         words = tuple(self.choices.get(setting.name, ()))
@@ -141,25 +148,18 @@ def read_arguments(command: Command, argv: Sequence[str], problems: Problems) ->
         elif name == "config_file" or command.settings[name].is_switch:
             values[name] = raw
         elif (name, raw) != MEANS_DEFAULT:
-            values[name] = _value(command.settings[name], raw, problems)
+            values[name] = _value(command, command.settings[name], raw, problems)
     return values
 
 
-def _value(setting: Setting, raw: str | list[str], problems: Problems) -> Any:
+def _value(command: Command, setting: Setting, raw: str | list[str], problems: Problems) -> Any:
     try:
         if isinstance(raw, list):
             return tuple(setting.kind.from_text(word) for word in raw)
         return setting.kind.from_text(raw)
     except ValueError as error:
-        problems.add(f"--{setting.name} {later_task(setting, raw) or error}")
+        problems.add(f"--{setting.name} {command.refusal(setting, raw) or error}")
         return None
-
-
-def later_task(setting: Setting, value: Any) -> str:
-    """The end of a sentence on a task that musubi trains and wanlora does not; empty for anything else."""
-    if setting.name != "task" or value not in MUSUBI_TASKS:
-        return ""
-    return f"{value} is not supported; wanlora trains {', '.join(setting.kind.words)}"
 
 
 def answer(what: str, found: Answer, problems: Problems) -> None:

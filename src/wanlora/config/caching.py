@@ -18,7 +18,7 @@ class CacheConfig(Checked):
     batch_size: Count | None = None
     """How many items are encoded at once. Default: the dataset's batch_size."""
     num_workers: CountOrZero | None = None
-    """How many threads read media and captions. Default: one fewer than the processors."""
+    """How many threads decode media ahead of the VAE. Default: one fewer than the processors, at most 4."""
     skip_existing: bool = False
     """Accepted from musubi; cache files that still fit are always kept."""
     keep_cache: bool = False
@@ -42,7 +42,7 @@ class LatentCacheConfig(CacheConfig):
     disable_cudnn_backend: bool = False
     """Run convolutions without cuDNN."""
     debug_mode: Literal["image", "console", "video"] | None = None
-    """Show what would be cached, in windows, on the console or as video files, instead of encoding it."""
+    """Show what would be cached instead of encoding it: as pictures or clips in <cache>/debug, or on the console."""
     console_width: Count = 80
     """Characters per line with --debug_mode console."""
     console_num_images: Count | None = None

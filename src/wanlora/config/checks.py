@@ -53,6 +53,7 @@ def check_latent_cache(config: LatentCacheConfig, given: Given, problems: Proble
 def check_text_cache(config: TextCacheConfig, given: Given, problems: Problems) -> None:
     """Flags of wan_cache_text_encoder_outputs.py."""
     _require(config, ("dataset_config",) if config.dry_run else ("dataset_config", "t5"), given, problems)
+    _without_effect(given, ("num_workers",), "for captions, which are read at once")
 
 
 def check_train(config: TrainConfig, given: Given, problems: Problems) -> None:

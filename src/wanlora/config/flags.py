@@ -6,9 +6,10 @@ Everything that is wrong is reported at once, before anything is loaded.
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from wanlora.config.arguments import Command, answer, later_task, read_arguments
+from wanlora.config.arguments import Command, answer, read_arguments
 from wanlora.config.caching import LatentCacheConfig, TextCacheConfig
 from wanlora.config.checks import check_latent_cache, check_paths, check_text_cache, check_train
 from wanlora.config.dataset import ImageDatasetConfig, VideoDatasetConfig, dataset_kinds
@@ -18,13 +19,18 @@ from wanlora.config.toml import TableFile, read_table
 from wanlora.config.train import TrainConfig
 from wanlora.foundation.errors import Problems, did_you_mean
 
+Choices = Mapping[str, Sequence[str]]
+Refusals = Mapping[str, Mapping[str, str]]
+
 LATENT_CACHE = Command(script="wan_cache_latents.py", config_class=LatentCacheConfig, choices={})
 TEXT_CACHE = Command(script="wan_cache_text_encoder_outputs.py", config_class=TextCacheConfig, choices={})
 
 
-def train_command(choices: Mapping[str, Sequence[str]]) -> Command:
+def train_command(choices: Choices, refusals: Refusals = MappingProxyType({})) -> Command:
     """The training script's flags; `choices` are the names that registries know (task, timestep_sampling, ...)."""
-    return Command(script="wan_train_network.py", config_class=TrainConfig, choices=choices, config_file=True)
+    return Command(
+        script="wan_train_network.py", config_class=TrainConfig, choices=choices, refusals=refusals, config_file=True
+    )
 
 
 def parse_latent_cache(argv: Sequence[str]) -> LatentCacheConfig:
@@ -47,14 +53,14 @@ def parse_text_cache(argv: Sequence[str]) -> TextCacheConfig:
     return config
 
 
-def parse_train(argv: Sequence[str], choices: Mapping[str, Sequence[str]]) -> TrainConfig:
+def parse_train(argv: Sequence[str], choices: Choices, refusals: Refusals = MappingProxyType({})) -> TrainConfig:
     """The command line of wan_train_network.py. Raises `ConfigError` listing everything that is wrong.
 
     `choices` are the names that registries know, by flag: task, timestep_sampling, sample_solver, ...; a flag that is
-    not in it takes any name.
+    not in it takes any name. `refusals` are values that users may know and that cannot be had, with the reason.
     """
     problems = Problems()
-    command = train_command(choices)
+    command = train_command(choices, refusals)
     values = read_arguments(command, argv, problems)
     if file := values.pop("config_file", None):
         with problems.collect():
@@ -130,7 +136,7 @@ def _file_value(command: Command, key: str, value: Any, where: str, problems: Pr
     try:
         typed = command.settings[name].kind.from_value(value)
     except ValueError as error:
-        problems.add(f"{where} {later_task(command.settings[name], value) or error}")
+        problems.add(f"{where} {command.refusal(command.settings[name], value) or error}")
         return None
     return not typed if key != name else typed
 

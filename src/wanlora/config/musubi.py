@@ -98,9 +98,6 @@ ANSWERED_FLAGS: dict[str, Answer] = {
 MEANS_DEFAULT = ("optimizer_type", "")
 """musubi's default of this flag is an empty text; files that spell out all flags hold it."""
 
-_TASKS = "t2v-1.3B t2v-14B t2i-14B i2v-14B flf2v-14B t2v-1.3B-FC t2v-14B-FC i2v-14B-FC t2v-A14B i2v-A14B"
-MUSUBI_TASKS = tuple(_TASKS.split())
-
 _CONTROL = "control inputs are not supported: text-to-video models take none; remove it"
 _OTHER_MODEL = "belongs to other models and changes nothing for Wan"
 

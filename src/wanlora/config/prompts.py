@@ -38,7 +38,7 @@ class SamplePrompt(Checked):
     frame_count: Count = 1
     """4k + 1; 1 makes a picture."""
     seed: CountOrZero | None = None
-    """Default: drawn for each preview."""
+    """Default: drawn once per run and named in the file."""
     sample_steps: StepCount = 20
     """Steps of the solver."""
     discrete_flow_shift: Positive | None = None

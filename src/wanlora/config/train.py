@@ -332,7 +332,7 @@ class MemoryConfig(Checked):
     fp8_scaled: bool = False
     """fp8 weights with a scale per block of 64; implies --fp8_base."""
     blocks_to_swap: CountOrZero | None = None
-    """How many transformer blocks stay in system memory and are copied to the GPU when they are due."""
+    """How many transformer blocks' memory is freed: they stay in system memory and are copied when they are due."""
     use_pinned_memory_for_block_swap: bool = False
     """Pin the memory of those blocks: faster copies; this is always done."""
     block_swap_h2d_only: bool = False
@@ -340,7 +340,7 @@ class MemoryConfig(Checked):
     block_swap_ring_size: Count = 2
     """GPU buffers for blocks under way; more hide slower copies."""
     residual_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the residual stream; auto takes float32 where memory allows."""
+    """Number format of the residual stream; auto is float32, bfloat16 needs less memory and is less exact."""
     compile: bool | None = None
     """Compile the blocks. Default: on CUDA where a compiler exists; --no_compile turns it off."""
     compile_backend: str = "inductor"

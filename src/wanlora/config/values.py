@@ -74,9 +74,9 @@ class NetworkArgs:
     """`--network_args` for networks.lora_wan."""
 
     exclude_patterns: tuple[str, ...] = ()
-    """Regular expressions; a module whose whole name matches one is not trained."""
+    """Regular expressions; a module whose path begins with a match of one is not trained."""
     include_patterns: tuple[str, ...] = ()
-    """Regular expressions; if given, only modules whose whole name matches one are trained."""
+    """Regular expressions; if given, only modules whose path begins with a match of one are trained."""
     rank_dropout: float | None = None
     """Probability that a rank is dropped for a sample."""
     module_dropout: float | None = None

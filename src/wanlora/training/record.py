@@ -77,8 +77,8 @@ def _run(config: TrainConfig, prepared: Prepared, seed: int, total_steps: int) -
         "lr_warmup_steps": config.schedule.lr_warmup_steps,
         "lr_scheduler": config.schedule.lr_scheduler,
         "network_module": network.network_module,
-        "network_dim": network.rank,
-        "network_alpha": network.network_alpha,
+        "network_dim": _common(prepared.ranks, network.rank),
+        "network_alpha": _common(prepared.alphas, network.network_alpha),
         "network_dropout": network.network_dropout,
         "network_args": _pairs(network.network_args),
         "mixed_precision": run.mixed_precision,
@@ -119,6 +119,12 @@ def _dataset(config: DatasetConfig, num_items: int) -> dict[str, Any]:
     windows = ("target_frames", "frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps")
     described = {name: getattr(config, name) for name in (*names, *windows) if hasattr(config, name)}
     return {**described, "folder": config.source.name, "num_items": num_items}
+
+
+def _common(by_module: Mapping[str, float] | None, given: float) -> float | str:
+    """The value that all modules have: the flag's, or that of --dim_from_weights; `Dynamic` where it differs."""
+    values = set(by_module.values()) if by_module else {given}
+    return values.pop() if len(values) == 1 else "Dynamic"
 
 
 def _common_targets(prepared: Prepared) -> str:

@@ -29,6 +29,7 @@ CHOICES = {
     "lr_scheduler": ("constant", "constant_with_warmup", "cosine", "polynomial", "rex"),
     "sample_solver": ("unipc", "euler", "dpm++"),
 }
+REFUSALS = {"task": {"i2v-14B": "needs a picture"}}
 REFERENCE = shlex.split(
     """
  --task t2v-14B --dit wan2.1_t2v_14B_bf16.safetensors --vae wan_2.1_vae.safetensors --t5 models_t5_umt5-xxl-enc-bf16.pth
@@ -48,7 +49,7 @@ SHORT = shlex.split(
 
 
 def train(*words: str) -> TrainConfig:
-    return parse_train([*SHORT, *words], CHOICES)
+    return parse_train([*SHORT, *words], CHOICES, refusals=REFUSALS)
 
 
 def refusal(*words: str) -> str:
@@ -160,7 +161,7 @@ def test_words_that_mean_nothing(words: list[str], message: str) -> None:
         ("--save_precision bf17", "--save_precision must be one of float, fp32, fp16, bf16, got 'bf17'"),
         ("--timestep_sampling shft", "got 'shft' (did you mean 'shift'?)"),
         ("--vae_dtype fp8", "--vae_dtype must be one of float32, fp32"),
-        ("--task i2v-14B", "--task i2v-14B is not supported; wanlora trains t2v-1.3B, t2v-14B, t2i-14B"),
+        ("--task i2v-14B", "--task i2v-14B: needs a picture; choose from t2v-1.3B, t2v-14B, t2i-14B"),
         ("--task t2v14B", "got 't2v14B' (did you mean 't2v-14B'?)"),
         ("--optimizer_type adamw9bit", "got 'adamw9bit' (did you mean 'adamw8bit'?)"),
         ("--base_weights_multiplier 1 x", "--base_weights_multiplier must be a number, got 'x'"),

@@ -17,10 +17,11 @@ BASE = shlex.split(
     "--sdpa --optimizer_type adamw"
 )
 CHOICES = {"timestep_sampling": ("sigma", "shift"), "task": ("t2v-14B",)}
+REFUSALS = {"task": {"i2v-14B": "needs a picture"}}
 
 
 def train(write: Write, text: str, *words: str) -> TrainConfig:
-    return parse_train([*BASE, "--config_file", str(write("run.toml", text)), *words], CHOICES)
+    return parse_train([*BASE, "--config_file", str(write("run.toml", text)), *words], CHOICES, refusals=REFUSALS)
 
 
 def refusal(write: Write, text: str, *words: str) -> str:
@@ -111,7 +112,7 @@ def test_flags_of_musubis_with_another_answer(write: Write, said: list[str]) -> 
         ("lr_warmup_steps = 1.5", "lr_warmup_steps must be a whole number of steps or a share from 0 to 1"),
         ('network_args = "a=1"', "network_args must be a list, got 'a=1': write ['a=1']"),
         ("network_args = [1]", "network_args must be a text in quotes, got 1"),
-        ('task = "i2v-14B"', "task i2v-14B is not supported; wanlora trains t2v-14B"),
+        ('task = "i2v-14B"', "task i2v-14B: needs a picture; choose from t2v-14B"),
         ('vae = "C:\\new"', "vae is a path with a control character, got 'C:\\new'"),
         ("[a]\nseed = 1\n[b]\nseed = 2", "run.toml line 4: seed is given twice, in [a] and in [b]"),
         ("seed = 1\n[b]\nseed = 2", "run.toml line 3: seed is given twice, at the top and in [b]"),
