@@ -20,12 +20,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path in the folder of `path`; flush it to disk and rename it when the block ends well.
 
     A failure, Ctrl-C included, removes the temporary file and leaves whatever stood at `path` untouched. The
-    temporary name keeps the suffix, because some writers choose a format by it.
+    temporary name keeps the suffix, because some writers choose a format by it. The file may be read by whom the
+    user lets read his new files; some writers would keep it to the user alone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -70,6 +70,15 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_is_as_open_to_others_as_any_new_file(tmp_path: Path) -> None:
+    usual = tmp_path / "usual"
+    usual.touch()
+    with atomic_path(tmp_path / "ours") as temporary:
+        temporary.write_text("whole")
+        temporary.chmod(0o600)  # as the writer of safetensors leaves its files
+    assert (tmp_path / "ours").stat().st_mode == usual.stat().st_mode
+
+
 def test_a_fingerprint_sees_a_change_at_either_end(tmp_path: Path) -> None:
     path = tmp_path / "clip.bin"
     content = bytearray(3 << 20)
