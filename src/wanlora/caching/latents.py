@@ -168,7 +168,7 @@ def _batches(
 def _dataset_batch_size(task: Task, requests: tuple[Request, ...]) -> int:
     plan = requests[task.requests[0]].plan
     assert plan is not None
-    return plan.datasets[task.item.dataset].config.batch_size
+    return plan.tables[task.item.dataset].config.batch_size
 
 
 def _write(sample: _Sample, latents_CFHW: torch.Tensor, vae: str, encoder: LatentEncoder, summary: Summary) -> None:
@@ -181,5 +181,5 @@ def _write(sample: _Sample, latents_CFHW: torch.Tensor, vae: str, encoder: Laten
 def _items(requests: tuple[Request, ...]) -> list[Item]:
     """Every sample of every dataset file, each cache file once."""
     return list(
-        {item.latent_path: item for request in requests if request.plan for item in request.plan.items}.values()
+        {item.latent_path: item for request in requests if request.plan for item in request.plan.cached_items}.values()
     )

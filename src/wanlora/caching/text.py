@@ -46,7 +46,7 @@ def cache_text(config: TextCacheConfig) -> Summary:
         log.info("dry run: nothing is written")
     elif work.to_do:
         batch_size = config.batch_size or max(
-            dataset.config.batch_size for request in requests if request.plan for dataset in request.plan.datasets
+            dataset.config.batch_size for request in requests if request.plan for dataset in request.plan.tables
         )
         _encode(config, work, t5 or "", batch_size)
     work.summary.finish()

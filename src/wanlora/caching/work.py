@@ -149,7 +149,7 @@ def lay_out(
     owners: dict[Path, tuple[Item, list[int]]] = {}
     problems = Problems()
     for number, request in enumerate(requests):
-        for item in request.plan.items if request.plan else ():
+        for item in request.plan.cached_items if request.plan else ():
             first, numbers = owners.setdefault(path_of(item).resolve(), (item, []))
             if content_of(first) != content_of(item):
                 problems.add(

@@ -1,8 +1,9 @@
 """The dataset file: which pictures and clips, at which size, cut how.
 
 `read_datasets` reads it strictly: an unknown key, a wrong type or an impossible value is an error that names file, line
-and table, and all of a file's errors are reported at once. `[general]` gives defaults to every `[[datasets]]`; the
-configs that come out have it merged in. Whatever is changed on the way (frames floored to 4k + 1) is said.
+and table, and all of a file's errors are reported at once. `[general]` gives defaults to every `[[datasets]]` and every
+`[[validation]]`; the configs that come out have it merged in. Whatever is changed on the way (frames floored to 4k + 1)
+is said.
 """
 
 import ntpath
@@ -118,7 +119,9 @@ class DatasetsConfig:
     path: Path
     """The file."""
     datasets: tuple[DatasetConfig, ...]
-    """Its tables, in order."""
+    """What is trained, in order."""
+    validation: tuple[DatasetConfig, ...] = ()
+    """What is never trained on: the loss on it is measured now and then."""
 
 
 def comparable_path(path: str) -> str:
@@ -134,6 +137,7 @@ def comparable_path(path: str) -> str:
 
 GENERAL_KEYS = ("resolution", "caption_extension", "batch_size", "num_repeats", "enable_bucket", "bucket_no_upscale")
 """Keys that `[general]` may hold."""
+_TABLES = ("general", "datasets", "validation")
 _KINDS: tuple[type[DatasetConfig], ...] = (ImageDatasetConfig, VideoDatasetConfig)
 _SOURCES = tuple(key for cls in _KINDS for key in source_keys(cls))
 _EXTRACTION_KEYS = {"frame_stride": "slide", "frame_sample": "uniform", "max_frames": "full"}
@@ -149,37 +153,41 @@ def read_datasets(path: Path) -> DatasetsConfig:
     """A dataset TOML (or JSON) file. Raises `ConfigError` listing everything that is wrong with it."""
     file = read_table(path)
     problems = Problems()
-    entries = _tables(file, problems)
+    _check_top_level(file, problems)
     general = _Table(file, "general", 1, file.data.get("general", {}), problems)
     general_kinds = {key: dataset_kinds(ImageDatasetConfig)[key] for key in GENERAL_KEYS}
     defaults = general.read(general_kinds) if isinstance(general.entry, dict) else {}
-    tables = [_Table(file, "datasets", number, entry, problems) for number, entry in enumerate(entries, 1)]
-    datasets = [_dataset(table, defaults) for table in tables]
-    found = tuple(dataset for dataset in datasets if dataset is not None)
-    _check_cache_directories(found, problems)
+    trained = _read_tables(file, "datasets", defaults, problems)
+    validation = _read_tables(file, "validation", {**defaults, "num_repeats": 1}, problems)
+    _check_cache_directories((*trained, *validation), problems)
     problems.raise_all()
-    return DatasetsConfig(path=path, datasets=found)
+    return DatasetsConfig(path=path, datasets=trained, validation=validation)
 
 
-def _tables(file: TableFile, problems: Problems) -> list[dict[str, Any]]:
-    """The entries of `[[datasets]]`; adds what is wrong with the top level."""
+def _check_top_level(file: TableFile, problems: Problems) -> None:
     known = {*dataset_kinds(ImageDatasetConfig), *dataset_kinds(VideoDatasetConfig), *ANSWERED_KEYS}
-    for key in [key for key in file.data if key not in ("general", "datasets")]:
+    for key in [key for key in file.data if key not in _TABLES]:
         belongs = "[general] or [[datasets]]" if key in GENERAL_KEYS else "[[datasets]]"
-        what = f"belongs in {belongs}" if key in known else "unknown" + did_you_mean(key, ("general", "datasets"))
+        what = f"belongs in {belongs}" if key in known else "unknown" + did_you_mean(key, _TABLES)
         problems.add(f"{file.where(key)}: {key}: {what}")
     if not isinstance(file.data.get("general", {}), dict):
         problems.add(f"{file.path.name}: write [general] with single brackets; there is one")
-    entries = file.data.get("datasets", [])
-    if isinstance(entries, dict):
-        problems.add(f"{file.path.name}: write [[datasets]] with double brackets; there may be several")
-        return []
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        problems.add(f"{file.path.name}: datasets must be tables, each under [[datasets]]")
-        return []
-    if not entries:
+    if file.data.get("datasets", []) == []:
         problems.add(f"{file.path.name}: there is no [[datasets]]; add one for each folder of pictures or clips")
-    return entries
+
+
+def _read_tables(file: TableFile, name: str, defaults: dict[str, Any], problems: Problems) -> tuple[DatasetConfig, ...]:
+    """Every `[[name]]` in which nothing is wrong; what is wrong with the others is added."""
+    entries = file.data.get(name, [])
+    if isinstance(entries, dict):
+        problems.add(f"{file.path.name}: write [[{name}]] with double brackets; there may be several")
+        return ()
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        problems.add(f"{file.path.name}: {name} must be tables, each under [[{name}]]")
+        return ()
+    tables = [_Table(file, name, number, entry, problems) for number, entry in enumerate(entries, 1)]
+    found = [_dataset(table, defaults) for table in tables]
+    return tuple(dataset for dataset in found if dataset is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +202,7 @@ class _Table:
 
     @property
     def title(self) -> str:
-        return "[general]" if self.name == "general" else f"[[datasets]] {self.number}"
+        return "[general]" if self.name == "general" else f"[[{self.name}]] {self.number}"
 
     @property
     def where(self) -> str:
@@ -211,7 +219,9 @@ class _Table:
         """The values of the keys in `kinds`, typed; every other key is a problem or answered."""
         values: dict[str, Any] = {}
         for key, value in self.entry.items():
-            if key in kinds:
+            if key == "num_repeats" and self.name == "validation":
+                self.problems.add(f"{self.place(key)} has no meaning here: every sample is measured once; remove it")
+            elif key in kinds:
                 try:
                     values[key] = kinds[key].from_value([value] * 2 if _is_side(key, value) else value)
                 except ValueError as error:
@@ -254,7 +264,7 @@ def _dataset(table: _Table, defaults: dict[str, Any]) -> DatasetConfig | None:
     found = [cls for cls in _KINDS if any(key in table.entry for key in source_keys(cls))]
     if len(found) != 1:
         what = f"has {' and '.join(table.sources)}" if found else "has no source"
-        cure = "give pictures and clips a [[datasets]] each" if found else f"give one of {', '.join(_SOURCES)}"
+        cure = f"give pictures and clips a [[{table.name}]] each" if found else f"give one of {', '.join(_SOURCES)}"
         table.problems.add(f"{table.where}: {what}; {cure}")
         table.read({**dataset_kinds(ImageDatasetConfig), **dataset_kinds(VideoDatasetConfig)})
         return None

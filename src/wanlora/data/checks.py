@@ -42,7 +42,7 @@ def check_caches(
     if kind in ("latents", "all"):
         problems += _latent_problems(plan, lambda item: _latent_reason(item, vae, vae_dtype, channels))
     if kind in ("text", "all"):
-        by_path = {item.text_path: item for item in plan.items}
+        by_path = {item.text_path: item for item in plan.cached_items}
         reasons = {
             path: text_is_fresh(path, caption=item.source.caption, width=text_width) for path, item in by_path.items()
         }
@@ -51,9 +51,9 @@ def check_caches(
 
 
 def remarks(plan: DataPlan) -> list[str]:
-    """What lies in the cache folders and is not trained. Nothing of it is ever deleted."""
+    """What lies in the cache folders and is not asked for. Nothing of it is ever deleted."""
     asked: dict[Path, set[str]] = {}
-    for item in plan.items:
+    for item in plan.cached_items:
         asked.setdefault(item.latent_path.parent, set()).update({item.latent_path.name, item.text_path.name})
     lines = []
     for folder, names in asked.items():
@@ -77,10 +77,10 @@ def _latent_reason(item: Item, vae: str | None, vae_dtype: str | None, channels:
 
 
 def _latent_problems(plan: DataPlan, reason_of: Callable[[Item], str | None]) -> list[str]:
-    asked = {item.latent_path for item in plan.items}
+    asked = {item.latent_path for item in plan.cached_items}
     others = _OtherSizes(asked)
     reasons: dict[Path, str | None] = {}
-    for item in plan.items:
+    for item in plan.cached_items:
         path, reason = item.latent_path, reason_of(item)
         instead = others.of(item) if reason == "is missing" else None
         if instead is not None:

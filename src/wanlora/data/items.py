@@ -24,7 +24,7 @@ class Item:
     """One sample: a picture, or a window of a clip, at one size."""
 
     dataset: int
-    """Number of its sub-dataset in the plan, from 0."""
+    """Number of its table in the file, from 0; those of the validation come last."""
     source: Source
     pixels: PixelShape
     original: Size

@@ -64,11 +64,30 @@ class DataPlan:
     path: Path
     """The dataset file."""
     datasets: tuple[DatasetPlan, ...]
+    validation: "DataPlan | None" = None
+    """What the loss is measured on and what is never trained; None if the file has no `[[validation]]`."""
 
     @cached_property
     def items(self) -> tuple[Item, ...]:
         """Every sample once, by sub-dataset and cache name; batches refer to positions in it."""
         return tuple(item for dataset in self.datasets for item in dataset.items)
+
+    @property
+    def tables(self) -> tuple[DatasetPlan, ...]:
+        """Every table of the file, those of the validation last; `Item.dataset` counts them."""
+        return (*self.datasets, *(self.validation.datasets if self.validation else ()))
+
+    @property
+    def cached_items(self) -> tuple[Item, ...]:
+        """Every sample that has to be cached: what is trained, then what is validated on."""
+        return tuple(item for table in self.tables for item in table.items)
+
+    @property
+    def overlap(self) -> tuple[Source, ...]:
+        """Sources that are validated on although they are trained, each once."""
+        trained = {item.source.path.resolve() for item in self.items}
+        validated = {item.source.path.resolve(): item.source for item in self.cached_items[len(self.items) :]}
+        return tuple(source for path, source in validated.items() if path in trained)
 
     @property
     def shortfalls(self) -> tuple[Shortfall, ...]:
@@ -110,9 +129,10 @@ def plan_datasets(config: DatasetsConfig, *, sources_may_be_absent: bool = False
     lists everything wrong: folders, captions, broken files, colliding names, impossible sizes.
     """
     problems = Problems()
-    indexes = {dataset.cache_directory: SourceIndex(dataset.cache_directory) for dataset in config.datasets}
+    tables = (*config.datasets, *config.validation)
+    indexes = {table.cache_directory: SourceIndex(table.cache_directory) for table in tables}
     found: list[_Found] = []
-    for dataset in config.datasets:
+    for dataset in tables:
         with problems.collect():
             selector_of(dataset)
             found.append(_find(dataset, indexes[dataset.cache_directory], sources_may_be_absent))
@@ -124,7 +144,9 @@ def plan_datasets(config: DatasetsConfig, *, sources_may_be_absent: bool = False
     if write_index:
         _save(indexes, found, forget=not problems)
     problems.raise_all(DataError)
-    return DataPlan(path=config.path, datasets=tuple(plans))
+    trained, validated = tuple(plans[: len(config.datasets)]), tuple(plans[len(config.datasets) :])
+    validation = DataPlan(path=config.path, datasets=validated) if validated else None
+    return DataPlan(path=config.path, datasets=trained, validation=validation)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

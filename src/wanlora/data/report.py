@@ -1,26 +1,45 @@
 """What a plan tells its user: the size of an epoch as a sum that can be checked, and every clip that falls short."""
 
+from collections.abc import Sequence
+
 from wanlora.config.dataset import VideoDatasetConfig
 from wanlora.data.plan import DataPlan, DatasetPlan
+from wanlora.data.sources import Source, some
 
 _SHAPES_LISTED = 8
 
 
 def report_lines(plan: DataPlan) -> list[str]:
-    """Notes by sub-dataset, then every shortfall with its reason, then the sizes, then the epoch."""
-    lines = [f"{dataset.config.where}: {note}" for dataset in plan.datasets for note in dataset.notes]
-    for dataset in plan.datasets:
+    """Notes by sub-dataset, then every shortfall with its reason, then the sizes, the epoch and the validation."""
+    lines = [f"{dataset.config.where}: {note}" for dataset in plan.tables for note in dataset.notes]
+    for dataset in plan.tables:
         if dataset.shortfalls:
             count = len(dataset.shortfalls)
             clips = "1 clip yields" if count == 1 else f"{count} clips yield"
             lines.append(f"{dataset.config.where}: {clips} fewer windows than asked:")
             lines += [f"  {shortfall}" for shortfall in dataset.shortfalls]
-    lines += [_sizes_line(dataset) for dataset in plan.datasets]
-    return [*lines, epoch_line(plan)]
+    lines += [_sizes_line(dataset) for dataset in plan.tables]
+    lines.append(epoch_line(plan))
+    if plan.validation:
+        lines.append(validation_line(plan.validation))
+    if plan.overlap:
+        lines.append(_overlap_line(plan.overlap))
+    return lines
 
 
 def epoch_line(plan: DataPlan) -> str:
     """`epoch: 120 images x 1 + 240 clips x 2 windows (1, 21 frames) - 2 = 598 samples in 598 batches`."""
+    batches = "1 batch" if plan.num_batches == 1 else f"{plan.num_batches} batches"
+    return f"epoch: {_sum(plan)} in {batches}"
+
+
+def validation_line(plan: DataPlan) -> str:
+    """`validation: 4 images x 1 + 8 clips x 1 window (21 frames) = 12 samples`, of a file's validation."""
+    return f"validation: {_sum(plan)}"
+
+
+def _sum(plan: DataPlan) -> str:
+    """`120 images x 1 + 240 clips x 2 windows (1, 21 frames) - 2 = 598 samples`."""
     terms = " + ".join(_term(dataset) for dataset in plan.datasets)
     missing = sum(
         (shortfall.asked - shortfall.got) * dataset.repeats
@@ -29,8 +48,17 @@ def epoch_line(plan: DataPlan) -> str:
         if isinstance(dataset.config, VideoDatasetConfig) and _is_fixed(dataset.config)
     )
     less = f" - {missing}" if missing else ""
-    batches = "1 batch" if plan.num_batches == 1 else f"{plan.num_batches} batches"
-    return f"epoch: {terms}{less} = {plan.num_samples} samples in {batches}"
+    return f"{terms}{less} = {plan.num_samples} {_plural('sample', plan.num_samples)}"
+
+
+def _overlap_line(sources: Sequence[Source]) -> str:
+    count, kinds = len(sources), {source.kind for source in sources}
+    noun = (
+        _plural({"image": "image", "video": "clip"}[sources[0].kind], count) if len(kinds) == 1 else "images and clips"
+    )
+    names = some([source.path.name for source in sources])
+    verb = "is" if count == 1 else "are"
+    return f"{count} validation {noun} {verb} also trained on ({names}): their loss says nothing about unseen ones"
 
 
 def _term(dataset: DatasetPlan) -> str:

@@ -287,6 +287,70 @@ def test_tables_that_share_a_folder_need_caches_of_their_own(write: Write) -> No
     assert "share the cache_directory clips; give each its own" in refusal(write, table * 2)
 
 
+VALIDATION = """
+[general]
+caption_extension = ".txt"
+batch_size = 2
+num_repeats = 3
+
+[[datasets]]
+image_directory = "images"
+
+[[validation]]
+video_directory = "unseen"
+resolution = 256
+target_frames = [21]
+
+[[validation]]
+image_directory = "unseen images"
+batch_size = 1
+"""
+
+
+def test_validation_tables_are_read_like_datasets_and_kept_apart(write: Write, said: list[str]) -> None:
+    config = read_datasets(write("style.toml", VALIDATION))
+    assert [dataset.where for dataset in config.datasets] == ["style.toml: [[datasets]] 1"]
+    clips, images = config.validation
+    assert isinstance(clips, VideoDatasetConfig) and isinstance(images, ImageDatasetConfig)
+    assert (clips.where, images.where) == ("style.toml: [[validation]] 1", "style.toml: [[validation]] 2")
+    assert (clips.resolution, clips.target_frames, clips.caption_extension) == ((256, 256), (21,), ".txt")
+    assert (clips.batch_size, images.batch_size) == (2, 1)
+    assert (clips.num_repeats, images.num_repeats, config.datasets[0].num_repeats) == (1, 1, 3)
+    assert said == []
+
+
+def test_a_file_without_validation_has_none(write: Write) -> None:
+    assert read_datasets(write("style.toml", REFERENCE)).validation == ()
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ('[[validation]]\nvideo_dir = "b"', "style.toml line 4: [[validation]] 1: video_dir: unknown key"),
+        (
+            '[[validation]]\nvideo_directory = "b"\nnum_repeats = 2',
+            "style.toml line 5: [[validation]] 1: num_repeats has no meaning here: every sample is measured once",
+        ),
+        (
+            '[[validation]]\nvideo_directory = "b"\nimage_directory = "c"',
+            "[[validation]] 1: has image_directory and video_directory; give pictures and clips a [[validation]] each",
+        ),
+        (
+            '[[validation]]\nimage_directory = "a"',
+            "style.toml: [[datasets]] 1 and [[validation]] 1 share the cache_directory a; give each its own",
+        ),
+        ('[validation]\nvideo_directory = "b"', "write [[validation]] with double brackets"),
+        ('[[validations]]\nvideo_directory = "b"', "validations: unknown (did you mean 'validation'?)"),
+    ],
+)
+def test_a_mistake_in_a_validation_table_is_named(write: Write, table: str, message: str) -> None:
+    assert message in refusal(write, f'[[datasets]]\nimage_directory = "a"\n{table}\n')
+
+
+def test_validation_alone_trains_nothing(write: Write) -> None:
+    assert "there is no [[datasets]]" in refusal(write, '[[validation]]\nimage_directory = "a"\n')
+
+
 @pytest.mark.parametrize("lengths", [(4,), (5, 1), (5, 5), ()])
 def test_a_config_made_by_hand_holds_lengths_the_model_has(lengths: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match="4k \\+ 1"):

@@ -28,9 +28,9 @@ def pictures_table(folder: Path, cache: Path, **keys: Any) -> ImageDatasetConfig
     return ImageDatasetConfig(image_directory=folder, cache_directory=cache, **given)
 
 
-def tables(*datasets: DatasetConfig) -> DatasetsConfig:
+def tables(*datasets: DatasetConfig, validation: tuple[DatasetConfig, ...] = ()) -> DatasetsConfig:
     """A dataset file."""
-    return DatasetsConfig(path=Path("style.toml"), datasets=datasets)
+    return DatasetsConfig(path=Path("style.toml"), datasets=datasets, validation=validation)
 
 
 def latents_for(item: Item, value: float = 0.5) -> torch.Tensor:
@@ -41,7 +41,7 @@ def latents_for(item: Item, value: float = 0.5) -> torch.Tensor:
 
 def fill_caches(plan: DataPlan) -> None:
     """Write every cache file of a plan; the n-th sample holds the number n."""
-    for number, item in enumerate(plan.items):
+    for number, item in enumerate(plan.cached_items):
         stamp = item.stamp(vae="vae", vae_dtype="float32")
         write_latents(item.latent_path, latents_for(item, number), stamp, source_fingerprint(item.source.path))
         write_text(item.text_path, torch.full((3, 8), number), caption=item.source.caption or "", t5="t5")
