@@ -170,10 +170,13 @@ def open_tensors(path: Path) -> TensorSource:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a `.safetensors` file, whole or not at all."""
+    """Write a `.safetensors` file, whole or not at all. Raises `OSError` if the disk is full."""
     contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+        try:
+            save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+        except SafetensorError as error:  # the library wraps the system's own error
+            raise OSError(str(error)) from error
 
 
 def _read_header(path: Path) -> dict[str, Any]:

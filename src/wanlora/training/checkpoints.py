@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wanlora.config.train import SavingConfig
+from wanlora.foundation.errors import CheckpointError
 from wanlora.foundation.log import log
 from wanlora.training.position import Position
 from wanlora.training.state import STATE_SUFFIX, remove_state
@@ -57,15 +58,13 @@ class Checkpoints:
     def when_due(self, position: Position, *, epoch_ended: bool) -> None:
         """Save what falls due at `position`: the finished run, or a file and a state on the way."""
         if position.step >= self.total_steps:
-            ends = self.config.save_state or self.config.save_state_on_train_end
-            self._write(self.name, position, with_state=ends)
-            self.finished = True
+            self._write_last(position)
             return
         for due in self._due(position, epoch_ended):
             try:
                 self._write(due.stem, position, with_state=self.config.save_state)
             except OSError as error:
-                log.warning(f"{self.folder / due.stem} could not be saved ({error}); training goes on without it")
+                log.warning(f"{self.folder / due.stem} could not be saved whole ({error}); training goes on")
             else:
                 self._retire(due)
 
@@ -75,6 +74,22 @@ class Checkpoints:
             self._write(f"{self.name}-step{position.step:08d}", position, with_state=True)
         assert self.last_state is not None
         return self.last_state[1]
+
+    def _write_last(self, position: Position) -> None:
+        """The finished run. Raises `CheckpointError` if the disk refuses the LoRA; the state is worth less."""
+        try:
+            self._write(self.name, position, with_state=False)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder / self.name}.safetensors, the end of the run, could not be saved ({error}); free or "
+                "mend the disk; --resume latest goes on from the newest whole state"
+            ) from error
+        self.finished = True
+        if self.config.save_state or self.config.save_state_on_train_end:
+            try:
+                self._write_state(self.name, position)
+            except OSError as error:
+                log.warning(f"{self.folder / self.name}{STATE_SUFFIX} could not be saved ({error}); the LoRA is whole")
 
     def _due(self, position: Position, epoch_ended: bool) -> list[Due]:
         due = []
@@ -90,11 +105,14 @@ class Checkpoints:
         self.save_model(path, position)
         self._remember(path.name)
         if with_state:
-            folder = self.folder / f"{stem}{STATE_SUFFIX}"
-            self.save_state(folder, position, [*self.saved, folder.name])
-            self._remember(folder.name)
-            self.last_state = position, folder
-            log.info(f"saved {folder}")
+            self._write_state(stem, position)
+
+    def _write_state(self, stem: str, position: Position) -> None:
+        folder = self.folder / f"{stem}{STATE_SUFFIX}"
+        self.save_state(folder, position, [*self.saved, folder.name])
+        self._remember(folder.name)
+        self.last_state = position, folder
+        log.info(f"saved {folder}")
 
     def _remember(self, name: str) -> None:
         self.saved = [*(saved for saved in self.saved if saved != name), name]

@@ -78,14 +78,21 @@ def save_state(
         temporary.mkdir()
         save_tensors(temporary / ADAPTER, adapter)
         parts = {"optimizer": dict(optimizer), "rates": dict(rates), "scaler": dict(scaler)}
-        with atomic_path(temporary / _OPTIMIZER) as path:
-            torch.save(parts, path)
+        _save_parts(temporary / _OPTIMIZER, parts)
         write_json(temporary / _RUN, {"format": FORMAT, **asdict(record)})
         _replace_folder(temporary, folder)
     except BaseException:
         with suppress(OSError):
             shutil.rmtree(temporary)
         raise
+
+
+def _save_parts(path: Path, parts: Mapping[str, Any]) -> None:
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(parts, temporary)
+        except RuntimeError as error:  # all that torch says of a full disk is a position in the file
+            raise OSError(f"{path.name} could not be written whole; is the disk full?") from error
 
 
 def read_record(folder: Path) -> RunRecord:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from wanlora.foundation import tensor_files
 from wanlora.foundation.errors import CheckpointError
 from wanlora.foundation.tensor_files import open_tensors, save_tensors
 
@@ -85,3 +87,14 @@ def test_missing_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(CheckpointError, match=r"text\.pth"):
         open_tensors(tmp_path / "text.pth")
+
+
+def test_a_full_disk_is_an_error_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_on_a_full_disk(tensors: dict[str, Tensor], path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(tensor_files, "save_file", save_on_a_full_disk)
+    with pytest.raises(OSError, match="No space left on device"):
+        save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)})
+    assert not list(tmp_path.iterdir())

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from wanlora.config.train import SavingConfig
+from wanlora.foundation.errors import CheckpointError
+from wanlora.foundation.log import log
 from wanlora.training.checkpoints import Checkpoints
 from wanlora.training.position import Position, steps_per_epoch
 from wanlora.training.state import remove_state
@@ -138,6 +140,23 @@ def test_nothing_old_is_removed_when_the_new_file_cannot_be_written(tmp_path: Pa
     disk.full = True
     with pytest.raises(OSError, match="No space"):
         made.when_due(Position(step=20, epoch=4), epoch_ended=True)
+
+
+def test_a_run_whose_last_state_finds_no_room_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = Disk(tmp_path)
+    made = checkpoints(disk, 3, save_state=True)
+
+    def no_room(*anything: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(made, "save_state", no_room)
+    monkeypatch.setattr(log, "propagate", True)
+    run(made, 3)
+    assert made.finished
+    assert disk.names() == {"style.safetensors"}
+    assert "style-state could not be saved (No space left on device); the LoRA is whole" in caplog.text
 
 
 def test_a_file_that_cannot_be_removed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

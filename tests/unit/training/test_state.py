@@ -64,6 +64,17 @@ def test_a_failure_while_writing_leaves_the_old_state(
     assert [path.name for path in tmp_path.iterdir()] == ["style-state"]
 
 
+def test_a_full_disk_is_an_error_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_on_a_full_disk(parts: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 218304 vs 218196")
+
+    monkeypatch.setattr(torch, "save", save_on_a_full_disk)
+    with pytest.raises(OSError, match=r"optimizer\.bin could not be written whole; is the disk full"):
+        save(tmp_path / "style-state")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_old_state_comes_back_when_the_new_one_cannot_take_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
