@@ -138,8 +138,9 @@ def test_nothing_old_is_removed_when_the_new_file_cannot_be_written(tmp_path: Pa
     run(made, 3 * STEPS_PER_EPOCH, start=2 * STEPS_PER_EPOCH)
     assert disk.names() == {"style-000003.safetensors"}
     disk.full = True
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CheckpointError, match=r"style\.safetensors, the end of the run.*No space.*--resume latest"):
         made.when_due(Position(step=20, epoch=4), epoch_ended=True)
+    assert not made.finished
 
 
 def test_a_run_whose_last_state_finds_no_room_is_finished(
