@@ -38,6 +38,21 @@ target_frames = [1, 5]
 """
 
 
+_VALIDATION = """
+[[validation]]
+image_directory = "{folder}/unseen"
+cache_directory = "{folder}/unseen/cache"
+resolution = [48, 32]
+
+[[validation]]
+video_directory = "{folder}/videos"
+cache_directory = "{folder}/videos/validation"
+resolution = [32, 48]
+target_frames = [5]
+batch_size = 2
+"""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingFolder:
     """Where one test trains."""
@@ -65,6 +80,14 @@ class TrainingFolder:
             *("--timestep_sampling", "shift", "--discrete_flow_shift", "3.0", "--sdpa"),
             *("--max_data_loader_n_workers", "0", "--device", "cpu", *extra),
         ]
+
+    def add_validation(self) -> None:
+        """Validate on a picture that is not trained and on the three clips at another size, 4 samples in 3 batches."""
+        scene = SCENES[3]
+        write_picture(self.folder / "unseen" / f"{scene.name}.png", scene, width=96, height=64)
+        write_plain_text(self.folder / "unseen" / f"{scene.name}.txt", scene.caption)
+        write_plain_text(self.toml, self.toml.read_text() + _VALIDATION.format(folder=self.folder.as_posix()))
+        fill_caches(self.toml)
 
     def train(self, arguments: list[str]) -> str:
         """Train in this process; the log of a run that must end well."""
@@ -96,7 +119,7 @@ def widen(path: Path, target: Path) -> Path:
 def fill_caches(toml: Path) -> None:
     """Write a random cache file for everything that a dataset file asks for."""
     generator = torch.Generator().manual_seed(0)
-    for item in plan_datasets(read_datasets(toml)).items:
+    for item in plan_datasets(read_datasets(toml)).cached_items:
         stamp = item.stamp(vae="random", vae_dtype="float32")
         shape = (16, stamp.latents.frames, stamp.latents.height, stamp.latents.width)
         latents = torch.randn(shape, generator=generator).to(torch.bfloat16)

@@ -298,6 +298,23 @@ class PreviewConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationConfig(Checked):
+    """Validation on the dataset file's [[validation]] tables."""
+
+    validate_every_n_steps: Count | None = None
+    """Measure the validation loss every so many steps."""
+    validate_every_n_epochs: Count | None = None
+    """Measure the validation loss every so many epochs. Default: 1, unless --validate_every_n_steps is given."""
+    validation_levels: Count = 4
+    """At how many noise levels each validation sample is measured."""
+
+    @property
+    def epochs_between(self) -> int | None:
+        """Validate every so many epochs; None for never."""
+        return self.validate_every_n_epochs or (None if self.validate_every_n_steps else 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoggingConfig(Checked):
     """Trackers."""
 
@@ -395,6 +412,7 @@ class TrainConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     saving: SavingConfig = field(default_factory=SavingConfig)
     previews: PreviewConfig = field(default_factory=PreviewConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     metadata: MetadataConfig = field(default_factory=MetadataConfig)

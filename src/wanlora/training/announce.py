@@ -4,8 +4,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from wanlora.config.train import TrainConfig
+from wanlora.config.train import TrainConfig, ValidationConfig
 from wanlora.data.checks import remarks
+from wanlora.data.plan import DataPlan
 from wanlora.data.report import report_lines
 from wanlora.diffusion.corrections import notices
 from wanlora.diffusion.timesteps import TimestepPlan, build_plan
@@ -25,6 +26,7 @@ def announce(config: TrainConfig, prepared: Prepared) -> None:
     """Log the data, the length of the run, and every notice about its settings."""
     for line in (*report_lines(prepared.plan), *remarks(prepared.plan)):
         log.info(line)
+    _announce_validation(config, prepared.plan)
     for shape in prepared.plan.shapes:
         notice = prepared.timesteps.notice(LatentShape.of(shape))
         if notice:
@@ -51,6 +53,33 @@ def announce(config: TrainConfig, prepared: Prepared) -> None:
     length = f"{run.max_train_steps} steps" if run.max_train_epochs is None else f"{run.max_train_epochs} epochs"
     accumulated = f", {run.gradient_accumulation_steps} batches a step" if run.gradient_accumulation_steps > 1 else ""
     log.info(f"training {config.model.task} for {length} of {prepared.plan.num_batches} batches an epoch{accumulated}")
+
+
+def _announce_validation(config: TrainConfig, plan: DataPlan) -> None:
+    """When the validation loss is measured and what it costs; or that there is nothing to measure it on."""
+    settings, default = config.validation, ValidationConfig()
+    if plan.validation is None:
+        for name in ("validate_every_n_steps", "validate_every_n_epochs", "validation_levels"):
+            if getattr(settings, name) != getattr(default, name):
+                say_once(f"--{name} changes nothing: {plan.path.name} has no [[validation]]")
+        return
+    samples, batches, levels = plan.validation.num_samples, plan.validation.num_batches, settings.validation_levels
+    batched = "" if batches == samples else f" in {batches} batches"
+    log.info(
+        f"validation: {_counted(samples, 'sample')}{batched} x {_counted(levels, 'level')} = "
+        f"{batches * levels} forward passes each time"
+    )
+    every = ((settings.validate_every_n_steps, "step"), (settings.epochs_between, "epoch"))
+    times = [f"every {unit if number == 1 else _counted(number, unit)}" for number, unit in every if number]
+    law = config.timesteps.timestep_sampling
+    log.info(
+        f"validation: before the first step, after {' and '.join(times)} and at the end; noise levels as in training, "
+        f"by --timestep_sampling {law}"
+    )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def show_timesteps(config: TrainConfig) -> None:

@@ -69,9 +69,14 @@ class Checkpoints:
                 self._retire(due)
 
     def when_stopped(self, position: Position) -> Path:
-        """Save an interrupted run, state included, unless that has been done; returns the state's folder."""
+        """Save an interrupted run, state included, unless that has been done; returns the state's folder.
+
+        After its last step it gets the names of a finished one.
+        """
         if self.last_state is None or self.last_state[0] != position:
-            self._write(f"{self.name}-step{position.step:08d}", position, with_state=True)
+            ends = position.step >= self.total_steps
+            self._write(self.name if ends else f"{self.name}-step{position.step:08d}", position, with_state=True)
+            self.finished = ends
         assert self.last_state is not None
         return self.last_state[1]
 

@@ -16,6 +16,7 @@ from wanlora.training.optimizers import learning_rates
 from wanlora.training.position import Position, StepBatches, indexes_left, steps_left
 from wanlora.training.previews import Previews
 from wanlora.training.step import IndexedBatch, TrainingStep
+from wanlora.training.validation import Validation
 
 EpochOrder = Callable[[int], tuple[BatchSpec, ...]]
 """The batches of an epoch, in order."""
@@ -64,6 +65,7 @@ class Trainer:
         step: TrainingStep,
         after_step: AfterStep,
         metrics: Metrics,
+        validation: Validation,
         previews: Previews,
         checkpoints: Checkpoints | None,
         interrupts: Interrupts,
@@ -74,6 +76,7 @@ class Trainer:
         self.step = step
         self.after_step = after_step
         self.metrics = metrics
+        self.validation = validation
         self.previews = previews
         self.checkpoints = checkpoints
         self.interrupts = interrupts
@@ -90,6 +93,7 @@ class Trainer:
         """Train, save and preview. Whatever ends the run early, what has been trained is kept."""
         with self.interrupts:
             try:
+                self.validation.at_first(self.position)
                 self.previews.at_first(self.position)
                 while self.position.step < self.total_steps:
                     self._train_epoch()
@@ -110,6 +114,7 @@ class Trainer:
             ended = self.position.epoch > epoch
             if ended:
                 self.metrics.end_epoch(self.position)
+            self.validation.when_due(self.position, epoch_ended=ended, ends=self.position.step == self.total_steps)
             if self.checkpoints:
                 self.checkpoints.when_due(self.position, epoch_ended=ended)
             self.interrupts.agree()

@@ -1,7 +1,8 @@
 """What is recorded of every step: the progress bar, the trackers, and a file of one JSON line per step.
 
 The file `<output_name>-steps.jsonl` in the output folder is for programs and for comparing runs: every number is
-written so that it reads back exactly. A resumed run cuts it back to the step it resumes from.
+written so that it reads back exactly. A resumed run cuts it back to the step it resumes from. A validation is a line of
+its own behind that of its step.
 """
 
 import json
@@ -16,8 +17,10 @@ from tqdm import tqdm
 from wanlora.foundation.files import write_text
 from wanlora.foundation.log import warn_once
 from wanlora.training.position import Position
-from wanlora.training.step import StepReport
+from wanlora.training.step import StepReport, is_finite
 
+VALIDATION_LOSS = "loss/validation"
+"""The key that tells the line of a validation from that of a step."""
 Tracker = Callable[[Mapping[str, float], int], None]
 
 
@@ -26,12 +29,12 @@ class StepLog:
 
     def __init__(self, path: Path, *, first_step: int) -> None:
         self.path = path
-        kept = [row for row in read_steps(path) if row["step"] <= first_step] if first_step else []
+        kept = [row for row in _read_rows(path) if row["step"] <= first_step] if first_step else []
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one step; it is on its way to the disk when this returns. A full disk does not end the run."""
+        """Append one line; it is on its way to the disk when this returns. A full disk does not end the run."""
         try:
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._file.flush()
@@ -45,7 +48,16 @@ class StepLog:
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a step log; a last line that was cut off is left out."""
+    """The lines of the steps in a step log; a last line that was cut off is left out."""
+    return [row for row in _read_rows(path) if VALIDATION_LOSS not in row]
+
+
+def read_validations(path: Path) -> list[dict[str, Any]]:
+    """The lines of the validations in a step log."""
+    return [row for row in _read_rows(path) if VALIDATION_LOSS in row]
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -107,6 +119,13 @@ class Metrics:
             )
         self.bar.set_postfix(loss=f"{report.loss:.4f}", avr_loss=f"{self.average:.4f}", refresh=False)
         self.bar.update()
+
+    def record_validation(self, values: Mapping[str, float], position: Position) -> None:
+        """Take note of losses measured at `position`; what is not finite stands as null in the file."""
+        self.tracker(values, position.step)
+        if self.log:
+            finite = {name: value if is_finite(value) else None for name, value in values.items()}
+            self.log.write({"step": position.step, "epoch": position.epoch, **finite})
 
     def end_epoch(self, position: Position) -> None:
         """Log the mean loss of the epoch that has just ended."""

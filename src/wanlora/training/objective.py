@@ -77,10 +77,14 @@ class FlowObjective:
     def __call__(self, batch: Batch, epoch: int, index: int) -> Loss:
         """The mean loss over batch `index` of `epoch`, float32."""
         noising = self.noise(batch.latents_BCFHW, epoch, index)
+        return Loss(self.losses(batch, noising).mean(), noising.t_B)
+
+    def losses(self, batch: Batch, noising: Noising) -> Tensor:
+        """The loss of every sample of a batch [B], float32."""
         x0 = batch.latents_BCFHW.to(self.device, non_blocking=True).float()
         x1 = noising.noise_BCFHW.to(self.device, non_blocking=True)
         t_B = noising.t_B.to(self.device, non_blocking=True)
         text = [embedding.to(self.device, non_blocking=True) for embedding in batch.text]
         predicted = self.model(interpolate(x0, x1, t_B), model_timestep(t_B), text)
         errors_B = (predicted.float() - velocity(x0, x1)).square().flatten(1).mean(1)
-        return Loss((errors_B * self.weight(t_B)).mean(), noising.t_B)
+        return errors_B * self.weight(t_B)

@@ -38,6 +38,7 @@ from wanlora.training.settings import all_settings
 from wanlora.training.state import load_state
 from wanlora.training.step import TrainingStep
 from wanlora.training.trackers import Trackers, run_folder, wanted_trackers
+from wanlora.training.validation import Validation, ValidationSet
 
 
 def train(config: TrainConfig) -> None:
@@ -192,6 +193,7 @@ class Run:
             log=StepLog(steps_file, first_step=self.position.step) if main else None,
             losses=self.resumed.losses if self.resumed else [],
         )
+        validation = self._validation(trainee, step, metrics)
         previews = Previews(
             self.config.previews,
             materials,
@@ -207,11 +209,30 @@ class Run:
             step=step,
             after_step=AfterStep(trainee.network, self.config.network.scale_weight_norms, self.engine.device),
             metrics=metrics,
+            validation=validation,
             previews=previews,
-            checkpoints=self._checkpoints(trainee, step, metrics) if main else None,
+            checkpoints=self._checkpoints(trainee, step, metrics, validation) if main else None,
             interrupts=Interrupts(self.engine),
             position=self.position,
             total_steps=self.total_steps,
+        )
+
+    def _validation(self, trainee: Trainee, step: TrainingStep, metrics: Metrics) -> Validation:
+        plan, config = self.prepared.plan.validation, self.config.validation
+        samples = None
+        if plan is not None:
+            weighting = self.config.timesteps.weighting_scheme
+            samples = ValidationSet(plan, self.prepared.timesteps, weighting, num_levels=config.validation_levels)
+        return Validation(
+            config,
+            samples,
+            objective=step.objective,
+            network=trainee.network,
+            stream=trainee.stream,
+            optimizer=step.optimizer,
+            engine=self.engine,
+            metrics=metrics,
+            standing=self.resumed.validation if self.resumed else None,
         )
 
     def _feed(self) -> Feed:
@@ -230,7 +251,9 @@ class Run:
     def _batch_sizes(self, epoch: int) -> list[int]:
         return [len(batch.indexes) for batch in self._order(epoch)]
 
-    def _checkpoints(self, trainee: Trainee, step: TrainingStep, metrics: Metrics) -> Checkpoints:
+    def _checkpoints(
+        self, trainee: Trainee, step: TrainingStep, metrics: Metrics, validation: Validation
+    ) -> Checkpoints:
         describe = FileRecord(
             self.config,
             self.prepared,
@@ -244,6 +267,7 @@ class Run:
             network=trainee.network,
             step=step,
             metrics=metrics,
+            validation=validation,
             describe=describe,
             seed=self.seed,
             epoch_length=self.epoch_length,

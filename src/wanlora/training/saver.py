@@ -16,6 +16,7 @@ from wanlora.training.record import FileRecord
 from wanlora.training.settings import decisive_settings
 from wanlora.training.state import RunRecord, SavedState, save_state
 from wanlora.training.step import TrainingStep
+from wanlora.training.validation import Validation
 
 
 class Saver:
@@ -28,6 +29,7 @@ class Saver:
         network: LoRANetwork,
         step: TrainingStep,
         metrics: Metrics,
+        validation: Validation,
         describe: FileRecord,
         seed: int,
         epoch_length: int,
@@ -37,6 +39,7 @@ class Saver:
         self.network = network
         self.step = step
         self.metrics = metrics
+        self.validation = validation
         self.describe = describe
         self.seed = seed
         self.epoch_length = epoch_length
@@ -68,6 +71,7 @@ class Saver:
             losses=list(self.metrics.losses),
             settings=decisive_settings(self.config),
             saved=saved,
+            validation=self.validation.standing,
         )
         save_state(
             folder,

@@ -7,7 +7,7 @@ from typing import Any
 from wanlora.config.train import TimestepConfig, TrainConfig
 
 _SECRET = {"wandb_api_key"}
-_WITHOUT_EFFECT_ON_STEPS = {"previews", "logging", "metadata"}
+_WITHOUT_EFFECT_ON_STEPS = {"previews", "validation", "logging", "metadata"}
 _HARMLESS = {
     *("save_every_n_epochs", "save_every_n_steps", "save_last_n_epochs", "save_last_n_epochs_state"),
     *("save_last_n_steps", "save_last_n_steps_state", "save_state", "save_state_on_train_end", "save_precision"),

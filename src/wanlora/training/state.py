@@ -33,6 +33,18 @@ _RUN, _OPTIMIZER = "run.json", "optimizer.bin"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationStanding:
+    """What validation has found so far."""
+
+    key: str
+    """Values under one key can be compared."""
+    base: float | None = None
+    """The loss of the model without the adapter; None if it could not be measured."""
+    best: float | None = None
+    best_step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
     """The readable part of a state."""
 
@@ -48,6 +60,8 @@ class RunRecord:
     """Those that change what a step computes; a resumed run names the ones that differ."""
     saved: list[str] = field(default_factory=list)
     """Files and folders that this run has written and may remove when newer ones take their place."""
+    validation: ValidationStanding | None = None
+    """None if nothing was measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +121,8 @@ def read_record(folder: Path) -> RunRecord:
         content = json.loads((folder / _RUN).read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:
             raise ValueError("it was written by another version")
+        if content.get("validation") is not None:
+            content["validation"] = ValidationStanding(**content["validation"])
         return RunRecord(**{**content, "position": Position(**content["position"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / _RUN} cannot be read ({error}); resume from another state") from error

@@ -67,6 +67,21 @@ class NoPreviews:
         self.spoil(position)
 
 
+class NoValidation:
+    """Validation that remembers when it was called; `spoil` runs then."""
+
+    def __init__(self, spoil: Callable[[Position], None]) -> None:
+        self.spoil = spoil
+        self.seen: list[tuple[int, bool, bool]] = []
+
+    def at_first(self, position: Position) -> None:
+        self.seen.append((position.step, False, False))
+
+    def when_due(self, position: Position, *, epoch_ended: bool, ends: bool) -> None:
+        self.seen.append((position.step, epoch_ended, ends))
+        self.spoil(position)
+
+
 class Spoilt(TrainingStep):
     """A step that `before` and `after` an update does something else too."""
 
@@ -83,7 +98,11 @@ class Spoilt(TrainingStep):
 
 
 def trainer(
-    *, total: int = 6, position: Position | None = None, previews: Callable[[Position], None] = lambda position: None
+    *,
+    total: int = 6,
+    position: Position | None = None,
+    previews: Callable[[Position], None] = lambda position: None,
+    validation: Callable[[Position], None] = lambda position: None,
 ) -> tuple[Trainer, Spoilt, Saved]:
     step = step_of(Velocity(), made=noise((1,) * LENGTH))
     step.__class__ = Spoilt
@@ -97,6 +116,7 @@ def trainer(
         metrics=Metrics(
             position=start, total_steps=total, window=LENGTH, tracker=lambda values, step: None, log=None, losses=[]
         ),
+        validation=NoValidation(validation),  # type: ignore[arg-type]
         previews=NoPreviews(saved, previews),  # type: ignore[arg-type]
         checkpoints=saved,  # type: ignore[arg-type]
         interrupts=Interrupts(engine()),
@@ -149,9 +169,26 @@ def test_the_end_is_saved_before_the_last_previews() -> None:
     assert [(what, position.step) for what, position, _ in saved.events] == [("end", 6)]
 
 
-@pytest.mark.parametrize("moment", ["measuring", "previews"])
+def test_validation_comes_first_and_is_told_of_every_step() -> None:
+    made, _, _ = trainer()
+    made.train()
+    assert isinstance(made.validation, NoValidation)
+    assert made.validation.seen == [
+        *((step, step == LENGTH, False) for step in range(6)),
+        (6, False, True),
+    ]
+
+
+def test_a_state_holds_what_was_validated_at_its_step() -> None:
+    made, _, saved = trainer(validation=lambda position: order.append((position.step, list(saved.events))))
+    order: list[tuple[int, list[Any]]] = []
+    made.train()
+    assert order[-1] == (6, []) and saved.events[-1][0] == "end"
+
+
+@pytest.mark.parametrize("moment", ["measuring", "previews", "validation"])
 def test_ctrl_c_keeps_the_steps_that_are_whole(moment: str) -> None:
-    made, step, saved = trainer(previews=press_ctrl_c_at(3) if moment == "previews" else lambda position: None)
+    made, step, saved = trainer(**({} if moment == "measuring" else {moment: press_ctrl_c_at(3)}))
     if moment == "measuring":
         step.before_measure = press_ctrl_c_at(3)
     with pytest.raises(KeyboardInterrupt):
