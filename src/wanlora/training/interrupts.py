@@ -3,7 +3,9 @@
 An update changes the weights tensor by tensor, and the position moves after it. Stopped in between, a run would save
 weights of a step that it counts as not done. So Ctrl-C waits for the end of that short stretch; everywhere else it acts
 at once. Of several processes each gets Ctrl-C at another moment: there it waits until all have finished the step, so
-that none waits for one that is gone.
+that none waits for one that is gone. While a stopped run is being saved, Ctrl-C changes nothing: who presses it twice
+must not lose what the first one saves. A polite request to end (SIGTERM: a shutdown, a container that is stopped) is
+the same as Ctrl-C.
 """
 
 import signal
@@ -18,6 +20,8 @@ import torch
 from wanlora.foundation.log import log
 from wanlora.training.engine import Engine
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class Interrupts:
     """Use as a context manager around the loop; does nothing outside the main thread, where no signal arrives."""
@@ -27,17 +31,18 @@ class Interrupts:
         self.wanted = False
         """Ctrl-C was pressed and has not acted yet."""
         self._held = False
-        self._former: Any = None
+        self._ignored = False
+        self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
-            self._former = signal.signal(signal.SIGINT, self._on_signal)
+            self._former = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._former is not None:
-            signal.signal(signal.SIGINT, self._former)
-            self._former = None
+        for number, former in self._former.items():
+            signal.signal(number, former)
+        self._former = {}
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -49,6 +54,15 @@ class Interrupts:
             self._held = False
         self._act_if(self.wanted and self.engine.rank.count == 1)
 
+    @contextmanager
+    def ignored(self) -> Iterator[None]:
+        """Ctrl-C inside the block is answered and changes nothing."""
+        self._ignored = True
+        try:
+            yield
+        finally:
+            self._ignored = False
+
     def agree(self) -> None:
         """Raise `KeyboardInterrupt` if any of several processes has been interrupted; all call this after a step."""
         if self.engine.rank.count > 1:
@@ -56,7 +70,9 @@ class Interrupts:
             self._act_if(votes.item() > 0)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._held or self.engine.rank.count > 1:
+        if self._ignored:
+            log.info("Ctrl-C: the run is stopping, what was trained is being saved")
+        elif self._held or self.engine.rank.count > 1:
             if not self.wanted:
                 log.info("Ctrl-C: stopping after this step")
             self.wanted = True

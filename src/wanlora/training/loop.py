@@ -142,7 +142,8 @@ class Trainer:
         if self.updating or self.position.step == self.first_step:
             return
         try:
-            folder = self.checkpoints.when_stopped(self.position)
+            with self.interrupts.ignored():
+                folder = self.checkpoints.when_stopped(self.position)
         except (UserError, OSError, RuntimeError) as error:
             log.warning(f"what was trained since the last save is lost, because it cannot be saved: {error}")
         else:

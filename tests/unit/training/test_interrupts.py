@@ -42,6 +42,21 @@ def test_an_error_inside_an_update_is_not_hidden_by_ctrl_c() -> None:
         raise ValueError("broken")
 
 
+def test_ctrl_c_while_a_stopped_run_is_saved_changes_nothing() -> None:
+    with interrupts() as made:
+        with made.ignored():
+            ctrl_c()
+        with pytest.raises(KeyboardInterrupt):
+            ctrl_c()
+
+
+def test_a_request_to_end_is_the_same_as_ctrl_c() -> None:
+    former = signal.getsignal(signal.SIGTERM)
+    with interrupts(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is former
+
+
 def test_several_processes_stop_after_the_same_step() -> None:
     with interrupts(2) as first, first.held():
         ctrl_c()

@@ -219,6 +219,21 @@ def test_an_error_in_a_step_keeps_the_steps_before_and_passes_on() -> None:
     assert torch.equal(weights, weights_after(4))
 
 
+def test_ctrl_c_pressed_again_does_not_lose_what_the_first_one_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, step, saved = trainer()
+    step.before_measure = press_ctrl_c_at(4)
+    save = saved.when_stopped
+
+    def pressed_again(position: Position) -> str:
+        signal.raise_signal(signal.SIGINT)
+        return save(position)
+
+    monkeypatch.setattr(saved, "when_stopped", pressed_again)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert [event[0] for event in saved.events] == ["stopped"]
+
+
 def test_weights_of_half_an_update_are_not_kept() -> None:
     made, step, saved = trainer()
     step.after_update = fail_at(4)
