@@ -322,6 +322,33 @@ def test_one_dataset_file_with_faulty_data_does_not_stop_the_others(
     assert "left out" in caplog.text
 
 
+def test_validation_is_cached_like_everything_else(cached: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    before = cached.state()
+    (cached.root / "unseen").mkdir()
+    shutil.copy(cached.root / "videos" / "short.mp4", cached.root / "unseen" / "new.mp4")
+    (cached.root / "unseen" / "new.txt").write_text("a new clip", encoding="utf-8")
+    with cached.toml.open("a", encoding="utf-8") as file:
+        for number, folder in enumerate(("unseen", "videos")):
+            file.write(
+                f"[[validation]]\nvideo_directory = '{cached.root.as_posix()}/{folder}'\ntarget_frames = [1, 5]\n"
+                f"cache_directory = '{cached.root.as_posix()}/validation_{number}'\nresolution = [32, 32]\n"
+            )
+    latents, texts = cached.cache_latents(), cached.cache_text()
+    assert (
+        "  validation: 1 clip x 2 windows (1, 5 frames) + 2 clips x 2 windows (1, 5 frames) = 6 samples"
+        in caplog.messages
+    )
+    assert "2 validation clips are also trained on (long.mp4, short.mp4)" in caplog.text
+    assert (latents.tallies[0].asked, latents.written, latents.tallies[0].fresh) == (len(LATENTS) + 6, 6, len(LATENTS))
+    assert (texts.tallies[0].asked, texts.written) == (len(TEXTS) + 3, 3)
+    assert {Path(name).parent.name for name in cached.changed(before)} == {"validation_0", "validation_1"}
+    (new,) = (cached.root / "validation_0").glob("new_00000-005_*_wan.safetensors")
+    stored = load_file(new)["latents_2x4x4_bfloat16"]
+    frames = [resize_to_cover(frame, 32, 32) for frame in frames_of(cached.root / "unseen" / "new.mp4")[:5]]
+    vae = load_vae(cached.models.vae, device="cpu")
+    torch.testing.assert_close(stored, vae.encode(to_pixels([np.stack(frames)]))[0].to(torch.bfloat16))
+
+
 def test_a_misspelt_dataset_file_stops_everything_and_all_problems_are_listed(folder: Folder) -> None:
     other = folder.root / "other.toml"
     other.write_text("[[datasets]]\nvideo_directory = 'x'\nframe_sampel = 2\n", encoding="utf-8")

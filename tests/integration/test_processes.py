@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.runs import TrainingFolder
-from wanlora.training.metrics import read_steps
+from wanlora.training.metrics import read_steps, read_validations
 from wanlora.training.state import load_state
 
 STEPS = "3"
@@ -35,6 +35,7 @@ def _prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_equal_one_with_accumulation_two(training_folder: TrainingFolder, _prompts: Path) -> None:
+    training_folder.add_validation()
     models = training_folder.models
     previews = ["--sample_prompts", str(_prompts), "--sample_every_n_steps", STEPS]
     previews += ["--vae", str(models.vae), "--t5", str(models.t5)]
@@ -52,6 +53,9 @@ def assert_equal_runs(output: Path) -> None:
     assert [row["items"] for row in one] == [row["items"] for row in two]
     assert [row["t"] for row in one] == [row["t"] for row in two]
     torch.testing.assert_close([row["loss"] for row in one], [row["loss"] for row in two], rtol=1e-5, atol=0)
+    first, second = (read_validations(output / f"{name}-steps.jsonl") for name in ("one", "two"))
+    assert first[0] == second[0] and [row["step"] for row in first] == [row["step"] for row in second] == [0, 3]
+    assert first[1]["loss/validation"] == pytest.approx(second[1]["loss/validation"], rel=1e-5)
     adapters = [load_state(output / f"{name}-state").adapter for name in ("one", "two")]
     torch.testing.assert_close(adapters[0], adapters[1], rtol=1e-5, atol=1e-7)
 

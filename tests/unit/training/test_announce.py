@@ -48,6 +48,32 @@ def test_a_resumed_run_names_what_differs(checked: Checked, said: pytest.LogCapt
     assert "8 batches an epoch instead of 5; epoch 2 begins anew" in said.text
 
 
+def test_validation_says_when_and_what_it_costs(
+    checked: Checked, training_folder: TrainingFolder, said: pytest.LogCaptureFixture
+) -> None:
+    training_folder.add_validation()
+    announce(*checked())
+    assert "validation: 1 image x 1 + 3 clips x 1 window (5 frames) = 4 samples" in said.messages
+    assert "3 validation clips are also trained on" in said.text
+    assert "validation: 4 samples in 3 batches x 4 levels = 12 forward passes each time" in said.messages
+    assert (
+        "validation: before the first step, after every epoch and at the end; noise levels as in training" in said.text
+    )
+    announce(*checked("--validate_every_n_steps", "50", "--validate_every_n_epochs", "2", "--validation_levels", "1"))
+    assert "validation: 4 samples in 3 batches x 1 level = 3 forward passes each time" in said.messages
+    assert "after every 50 steps and every 2 epochs and at the end" in said.text
+    assert "--timestep_sampling shift" in said.messages[-2]
+
+
+def test_without_validation_nothing_is_said_unless_it_was_asked_for(
+    checked: Checked, said: pytest.LogCaptureFixture
+) -> None:
+    announce(*checked())
+    assert "validat" not in said.text
+    announce(*checked("--validate_every_n_steps", "50"))
+    assert "--validate_every_n_steps changes nothing: dataset.toml has no [[validation]]" in said.messages
+
+
 def test_shares_of_noise_levels_add_up_and_follow_the_law() -> None:
     latent = LatentShape(21, 60, 104)
     assert level_shares(build_plan("uniform"), latent) == pytest.approx([0.05] * 20)

@@ -181,6 +181,12 @@ def test_a_stopped_run_is_saved_at_its_step_unless_it_has_just_been(tmp_path: Pa
     assert (tmp_path / "style-step00000007.safetensors").is_file()
 
 
+def test_a_run_that_is_stopped_after_its_last_step_is_a_finished_one(tmp_path: Path) -> None:
+    made = checkpoints(Disk(tmp_path), 7)
+    assert made.when_stopped(Position(step=7, epoch=1, batch=2)) == tmp_path / "style-state"
+    assert (tmp_path / "style.safetensors").is_file() and made.finished
+
+
 def test_a_removed_state_is_gone_under_its_name_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "style-000001-state"
     folder.mkdir()

@@ -188,7 +188,11 @@ def test_a_state_holds_what_was_validated_at_its_step() -> None:
 
 @pytest.mark.parametrize("moment", ["measuring", "previews", "validation"])
 def test_ctrl_c_keeps_the_steps_that_are_whole(moment: str) -> None:
-    made, step, saved = trainer(**({} if moment == "measuring" else {moment: press_ctrl_c_at(3)}))
+    spoilt = {moment: press_ctrl_c_at(3)}
+    made, step, saved = trainer(
+        previews=spoilt.get("previews", lambda position: None),
+        validation=spoilt.get("validation", lambda position: None),
+    )
     if moment == "measuring":
         step.before_measure = press_ctrl_c_at(3)
     with pytest.raises(KeyboardInterrupt):

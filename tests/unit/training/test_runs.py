@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.runs import TrainingFolder
 from wanlora.cli.train_network import main
 from wanlora.training import objective
-from wanlora.training.metrics import read_steps
+from wanlora.training.metrics import read_steps, read_validations
 from wanlora.training.position import Position
 from wanlora.training.state import load_state, read_record
 
@@ -36,6 +37,46 @@ def test_more_epochs_and_other_data_go_on_from_where_a_run_ended(training_folder
     assert "the dataset has changed: 3 batches an epoch instead of 2; epoch 2 begins anew" in text
     assert [row["step"] for row in rows(training_folder, "style")] == list(range(1, 10))
     assert rows(training_folder, "style")[-1]["epoch"] == 3
+
+
+def test_validation_is_logged_and_changes_no_step(training_folder: TrainingFolder) -> None:
+    common = ["--max_train_steps", "9", "--save_state", "--network_dropout", "0.5", "--optimizer_type", "adamw"]
+    training_folder.train(training_folder.arguments("plain", *common))
+    training_folder.add_validation()
+    logs = training_folder.folder / "logs"
+    arguments = training_folder.arguments("style", *common, "--logging_dir", str(logs))
+    text = training_folder.train(arguments)
+    steps = ("step", "loss", "grad_norm", "items", "t")
+    assert [{key: row[key] for key in steps} for row in rows(training_folder, "style")] == [
+        {key: row[key] for key in steps} for row in rows(training_folder, "plain")
+    ]
+    validations = read_validations(training_folder.output / "style-steps.jsonl")
+    losses = {row["step"]: row["loss/validation"] for row in validations}
+    assert list(losses) == [0, 8, 9] and losses[0] == validations[0]["loss/validation_base"]
+    assert len(set(losses.values())) == 3
+    (file,) = logs.glob("*/network_train")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    assert {event.step: event.value for event in events.Scalars("loss/validation")} == pytest.approx(losses)
+    assert [event.step for event in events.Scalars("loss/validation_base")] == [0]
+    standing = read_record(training_folder.output / "style-state").validation
+    assert standing is not None and standing.best == min(losses.values())
+    shown = f"(base {losses[0]:.4f}, best {standing.best:.4f} at step {standing.best_step})"
+    assert f"validation: {losses[9]:.4f} {shown}" in text
+
+
+def test_a_resumed_run_validates_as_an_unbroken_one(training_folder: TrainingFolder) -> None:
+    training_folder.add_validation()
+    common = ["--max_train_steps", "4", "--save_state", "--validate_every_n_steps", "2", "--validation_levels", "2"]
+    training_folder.train(training_folder.arguments("whole", *common))
+    parts = training_folder.arguments("parts", *common, "--save_every_n_steps", "2")
+    training_folder.train(parts)
+    state = training_folder.output / "parts-step00000002-state"
+    training_folder.train([*parts, "--seed", "8", "--resume", str(state)])
+    whole, again = (read_validations(training_folder.output / f"{name}-steps.jsonl") for name in ("whole", "parts"))
+    assert whole == again and [row["step"] for row in whole] == [0, 2, 4]
+    one, other = (read_record(training_folder.output / f"{name}-state").validation for name in ("whole", "parts"))
+    assert one == other and one is not None and one.base == whole[0]["loss/validation"]
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_steps_before(

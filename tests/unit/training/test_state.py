@@ -1,5 +1,7 @@
 """States come back as they were, exist wholly or not at all, and are found by name."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,15 @@ import torch
 from wanlora.foundation.errors import CheckpointError
 from wanlora.training import state as state_module
 from wanlora.training.position import Position
-from wanlora.training.state import RunRecord, is_state_of, latest_state, load_state, read_record, save_state
+from wanlora.training.state import (
+    RunRecord,
+    ValidationStanding,
+    is_state_of,
+    latest_state,
+    load_state,
+    read_record,
+    save_state,
+)
 
 
 def record(step: int = 3) -> RunRecord:
@@ -45,6 +55,18 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(back.adapter["a.lora_down.weight"], torch.full((2, 3), 3.0))
     assert torch.equal(back.optimizer["state"][0]["exp_avg"], torch.full((2, 3), 0.1))
     assert (back.rates, back.scaler) == ({"last_epoch": 3}, {"scale": 1024.0})
+
+
+def test_what_validation_found_comes_back_and_may_be_absent(tmp_path: Path) -> None:
+    found = ValidationStanding(key="samples", base=1 / 3, best=0.25, best_step=2)
+    parts: dict[str, Any] = {"adapter": {"a": torch.ones(1)}, "optimizer": {}, "rates": {}, "scaler": {}}
+    save_state(tmp_path / "style-state", replace(record(), validation=found), **parts)
+    assert read_record(tmp_path / "style-state").validation == found
+    path = tmp_path / "style-state" / "run.json"
+    content = json.loads(path.read_text())
+    del content["validation"]  # as states were before there was validation
+    path.write_text(json.dumps(content))
+    assert read_record(tmp_path / "style-state") == record()
 
 
 @pytest.mark.parametrize("writer", ["save_tensors", "write_json", "_replace_folder"])
