@@ -97,23 +97,25 @@ def _in_folder(folder: Path, kind: Kind, config: DatasetConfig, captions: bool) 
             f"{config.where}: {kind}_directory {folder} holds no {kind} ({', '.join(suffixes)}); existing caches are "
             "left as they are. Check the path; folders below it are not searched"
         )
-    sources = [
-        Source(path=path, kind=kind, caption=_caption(path.with_name(path.stem + config.caption_extension)))
-        for path in paths
-    ]
+    problems = Problems()
+    sources = [Source(path=path, kind=kind, caption=_caption(path, config, problems)) for path in paths]
     if captions:
-        _require_captions(sources, config.caption_extension, config.where)
+        with problems.collect():
+            _require_captions(sources, config.caption_extension, config.where)
+    problems.raise_all(DataError)
     return tuple(sources)
 
 
-def _caption(path: Path) -> str | None:
-    """The caption in a file; None if there is no file."""
+def _caption(source: Path, config: DatasetConfig, problems: Problems) -> str | None:
+    """The caption beside a source; None if there is no file. One that cannot be read becomes a problem."""
+    path = source.with_name(source.stem + config.caption_extension)
     try:
         return path.read_text(encoding="utf-8-sig").strip()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
+        problems.add(str(_unreadable(path, error)))
+        return "unreadable"  # neither missing nor empty; the problem is raised once all are read
 
 
 def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> DataError:

@@ -44,11 +44,17 @@ def test_missing_and_empty_captions_are_listed_together(tmp_path: Path, suffix: 
     assert [source.caption for source in find_sources(table, captions=False)] == [None, "", "fine"]
 
 
-def test_a_caption_in_another_encoding_is_named(tmp_path: Path) -> None:
-    make_picture(tmp_path / "a.png")
+def test_captions_in_another_encoding_are_all_named_beside_those_that_are_missing(tmp_path: Path) -> None:
+    for name in "abc":
+        make_picture(tmp_path / f"{name}.png")
     (tmp_path / "a.txt").write_bytes("Büro".encode("latin-1"))
-    with pytest.raises(DataError, match=r"a\.txt is not UTF-8"):
+    (tmp_path / "b.txt").write_bytes("office".encode("utf-16"))
+    with pytest.raises(DataError) as caught:
         find_sources(pictures_table(tmp_path, tmp_path))
+    assert "a.txt is not UTF-8 (byte 1)" in str(caught.value)
+    assert "b.txt is not UTF-8 (byte 0)" in str(caught.value)
+    assert "1 captions are missing" in str(caught.value) and "c.txt" in str(caught.value)
+    assert "empty" not in str(caught.value)
 
 
 def test_an_empty_or_mistyped_folder_is_an_error_and_nothing_is_deleted(tmp_path: Path) -> None:
