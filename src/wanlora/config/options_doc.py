@@ -41,6 +41,7 @@ def _dataset_keys() -> str:
     return "\n".join(
         [
             "## Dataset file\n",
+            "A `[[validation]]` takes the keys of a `[[datasets]]`, except `num_repeats`.\n",
             "In `[general]`, for all, or in a `[[datasets]]`:\n",
             _table(general, "key"),
             "In every `[[datasets]]`:\n",
