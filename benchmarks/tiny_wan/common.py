@@ -81,5 +81,7 @@ def contact_sheet(path: Path, rows: Sequence[Sequence[Frames]], columns: int = 6
 
 def _strip(frames: Frames, columns: int) -> Frames:
     indices = np.unique(np.linspace(0, len(frames) - 1, columns).round().astype(int))
-    strip = np.concatenate([np.pad(frames[index], ((0, 0), (0, 2), (0, 0)), constant_values=255) for index in indices], 1)
+    strip = np.concatenate(
+        [np.pad(frames[index], ((0, 0), (0, 2), (0, 0)), constant_values=255) for index in indices], 1
+    )
     return strip.astype(np.uint8)
