@@ -91,7 +91,8 @@ def _sizes_line(dataset: DatasetPlan) -> str:
     sizes = sorted(dataset.buckets.items(), key=lambda entry: (-entry[1], entry[0]))
     listed = ", ".join(f"{shape} ({count})" for shape, count in sizes[:_SHAPES_LISTED])
     more = f" and {len(sizes) - _SHAPES_LISTED} more sizes" if len(sizes) > _SHAPES_LISTED else ""
-    return f"{dataset.config.where}: {dataset.num_samples} samples, width x height x frames (samples): {listed}{more}"
+    counted = f"{dataset.num_samples} {_plural('sample', dataset.num_samples)}"
+    return f"{dataset.config.where}: {counted}, width x height x frames (samples): {listed}{more}"
 
 
 def _plural(noun: str, count: int) -> str:
