@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import TinyWan
+from tests.tiny import SCENES, TinyWan
 from wanlora.cli.train_network import main
 from wanlora.config.dataset import read_datasets
 from wanlora.data.cache_files import write_latents, write_text
@@ -17,7 +17,7 @@ from wanlora.data.plan import plan_datasets
 from wanlora.foundation.files import fingerprint
 from wanlora.foundation.files import write_text as write_plain_text
 from wanlora.foundation.tensor_files import open_tensors, save_tensors
-from wanlora.quickstart.media import SCENES, write_clip, write_picture
+from wanlora.quickstart.media import write_clip, write_picture
 from wanlora.quickstart.tiny_model import TEXT_DIM
 
 _TOML = """\
@@ -84,8 +84,8 @@ class TrainingFolder:
     def add_validation(self) -> None:
         """Validate on a picture that is not trained and on the three clips at another size, 4 samples in 3 batches."""
         scene = SCENES[3]
-        write_picture(self.folder / "unseen" / f"{scene.name}.png", scene, width=96, height=64)
-        write_plain_text(self.folder / "unseen" / f"{scene.name}.txt", scene.caption)
+        write_picture(self.folder / "unseen" / "unseen.png", scene, width=96, height=64)
+        write_plain_text(self.folder / "unseen" / "unseen.txt", scene.caption)
         write_plain_text(self.toml, self.toml.read_text() + _VALIDATION.format(folder=self.folder.as_posix()))
         fill_caches(self.toml)
 
@@ -100,11 +100,12 @@ class TrainingFolder:
 
 def make_training_data(folder: Path) -> None:
     """Three pictures and three clips with captions, a TOML, and random caches."""
-    for scene in SCENES[:3]:
-        write_picture(folder / "images" / f"{scene.name}.png", scene, width=96, height=64)
-        write_clip(folder / "videos" / f"{scene.name}.mp4", scene, frames=7, width=64, height=64)
+    for number, scene in enumerate(SCENES[:3], 1):
+        name = f"scene_{number:02d}"
+        write_picture(folder / "images" / f"{name}.png", scene, width=96, height=64)
+        write_clip(folder / "videos" / f"{name}.mp4", scene, frames=7, width=64, height=64)
         for kind in ("images", "videos"):
-            write_plain_text(folder / kind / f"{scene.name}.txt", scene.caption)
+            write_plain_text(folder / kind / f"{name}.txt", scene.caption)
     write_plain_text(folder / "dataset.toml", _TOML.format(folder=folder.as_posix()))
     fill_caches(folder / "dataset.toml")
 

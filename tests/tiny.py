@@ -1,4 +1,4 @@
-"""The quickstart's tiny Wan and clips, for tests: real files in the official formats, random weights.
+"""A tiny Wan and the quickstart's clips, for tests: real files in the official formats, random weights.
 
 Fixtures of the same content are in `conftest.py`: `tiny_models`, `tiny_dataset`.
 """
@@ -8,8 +8,12 @@ from pathlib import Path
 
 from wanlora.quickstart.dataset import TinyDataset, make_tiny_dataset
 from wanlora.quickstart.tiny_model import TinyWan, make_tiny_wan
+from wanlora.quickstart.world import base_scenes
 
-__all__ = ["TinyDataset", "TinyWan", "copy_dataset", "make_tiny_dataset", "make_tiny_wan"]
+__all__ = ["SCENES", "TinyDataset", "TinyWan", "copy_dataset", "make_tiny_dataset", "make_tiny_wan"]
+
+SCENES = base_scenes(6, seed=0)
+"""Something to film."""
 
 
 def copy_dataset(source: TinyDataset, folder: Path) -> TinyDataset:

@@ -16,13 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.tiny import SCENES
 from wanlora.cli import cache_latents, cache_text_encoder_outputs, train_network
 from wanlora.foundation import log as log_module
 from wanlora.foundation.files import Fingerprint, fingerprint
 from wanlora.foundation.random import Streams
 from wanlora.foundation.tensor_files import open_tensors, save_tensors
 from wanlora.models.wan.spec import WanSizes
-from wanlora.quickstart.media import SCENES, write_clip, write_picture
+from wanlora.quickstart.media import write_clip, write_picture
 from wanlora.quickstart.tiny_model import TEXT_DIM, TinyWan, transformer_weights
 
 Main = Callable[[Sequence[str]], int]

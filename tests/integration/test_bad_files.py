@@ -30,9 +30,10 @@ from tests.integration.bench import (
     lora,
     parametrised,
 )
+from tests.tiny import SCENES
 from wanlora.models.wan.spec import TASKS, WanSizes
 from wanlora.models.wan.transformer import WanTransformer
-from wanlora.quickstart.media import SCENES, write_picture
+from wanlora.quickstart.media import write_picture
 
 Spoil = Callable[[Bench], object]
 Tensors = dict[str, Any]

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import TinyWan
+from tests.tiny import SCENES, TinyWan
 from wanlora.caching import latents as latents_module
 from wanlora.caching import text as text_module
 from wanlora.caching.encoding import LatentEncoder, to_pixels
@@ -30,7 +30,7 @@ from wanlora.foundation.errors import ConfigError, DataError, MemoryPlanError
 from wanlora.models.wan.text import TextEncoder, load_tokenizer
 from wanlora.models.wan.umt5 import load_umt5
 from wanlora.models.wan.vae import load_vae
-from wanlora.quickstart.media import SCENES, write_clip, write_picture
+from wanlora.quickstart.media import write_clip, write_picture
 
 TOML = """
 [general]

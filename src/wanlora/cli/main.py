@@ -19,11 +19,12 @@ def command(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     quick = commands.add_parser("quickstart", help="train a LoRA on a tiny Wan and made-up clips, on any machine")
     quick.add_argument("--out", type=Path, default=Path("quickstart"), help="folder to write to (default: quickstart)")
+    quick.add_argument("--seed", type=int, default=2025, help="of everything random in the training (default: 2025)")
     quick.add_argument("--debug", action="store_true", help="show tracebacks")
     commands.add_parser("options", help="print every flag and dataset key as Markdown (docs/options.md)")
     arguments = parser.parse_args(argv)
     if arguments.command == "quickstart":
-        return quickstart(arguments.out)
+        return quickstart(arguments.out, arguments.seed)
     sys.stdout.write(options_markdown(choices()))
     return 0
 

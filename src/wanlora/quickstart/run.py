@@ -1,8 +1,10 @@
-"""`wanlora quickstart`: the three real programs, one after the other, on a model and clips that fit any machine.
+"""`wanlora quickstart`: a LoRA learns a look and a motion, on whatever machine this is, for everyone to see.
 
-Nothing is simulated: the same commands that train a real LoRA run as processes of their own, on files in the official
-formats, with the settings of a usual run. Who sees it end well knows that the installation works, and has every file
-that a run leaves behind to look at. Each call trains in a new `run_N`; models, clips and caches are kept between calls.
+A tiny Wan is shipped with the package. It draws plain moving shapes. The quickstart gives it clips of a look and a
+motion that it does not know, runs the three real programs on them as processes of their own, and then draws the same
+prompts and seeds without and with the LoRA: one page, one picture, and the distance closed, measured on the pixels.
+Nothing is simulated: files are in the official formats, the commands are those that train a real LoRA. Each call trains
+in a new `run_N`; models, clips and caches are kept between calls.
 """
 
 import os
@@ -14,15 +16,45 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
+from wanlora.foundation.devices import find_device
 from wanlora.foundation.errors import ConfigError
-from wanlora.foundation.files import write_text
+from wanlora.foundation.files import write_json, write_text
 from wanlora.foundation.log import log
+from wanlora.quickstart.comparison import Comparison, compare
 from wanlora.quickstart.dataset import TinyDataset, make_tiny_dataset
-from wanlora.quickstart.tiny_model import TinyWan, make_tiny_wan
+from wanlora.quickstart.page import write_page
+from wanlora.quickstart.sheet import write_sheet
+from wanlora.quickstart.shipped import copy_pretrained
+from wanlora.quickstart.tiny_model import TinyWan
+from wanlora.quickstart.verdict import Measure, measures, verdict
 
 MARKER = ".wanlora-quickstart"
 """The file that tells a folder of ours from somebody else's."""
-_NAME = "tiny_style"
+_NAME = "comic_loops"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How the LoRA is trained."""
+
+    steps: int = 200
+    """Updates."""
+    learning_rate: float = 2e-3
+    """The optimizer's rate."""
+    rank: int = 16
+    """Of the updates; alpha is the same."""
+    seed: int = 2025
+    """Of everything random in the run."""
+    save_memory: bool = False
+    """Recompute and swap blocks, as a large model on a card would."""
+
+    @classmethod
+    def for_device(cls, device: torch.device, seed: int) -> "Recipe":
+        """More steps where they cost little."""
+        on_card = device.type == "cuda"
+        return cls(seed=seed, steps=600 if on_card else 200, save_memory=on_card)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,26 +71,79 @@ class Step:
         return [sys.executable, "-m", self.module, *self.flags]
 
 
-def quickstart(out: Path) -> int:
-    """Make models and clips in `out`, cache, train and sample; the exit code of the first program that fails, or 0.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """The folder of one training."""
+
+    folder: Path
+
+    @property
+    def output(self) -> Path:
+        """LoRA files, states, samples, the step log."""
+        return self.folder / "output"
+
+    @property
+    def logs(self) -> Path:
+        """What TensorBoard shows."""
+        return self.folder / "logs"
+
+    @property
+    def page(self) -> Path:
+        """The comparison as a web page."""
+        return self.folder / "index.html"
+
+    @property
+    def sheet(self) -> Path:
+        """The comparison as a picture."""
+        return self.folder / "contact_sheet.png"
+
+    @property
+    def measured(self) -> Path:
+        """The comparison as numbers."""
+        return self.folder / "measures.json"
+
+    @property
+    def steps(self) -> Path:
+        """One line of JSON per step of the training."""
+        return self.output / f"{_NAME}-steps.jsonl"
+
+    @property
+    def loras(self) -> dict[str, Path]:
+        """The LoRA after the first epoch and at the end."""
+        return {
+            "after epoch 1": self.output / f"{_NAME}-000001.safetensors",
+            "at the end": self.output / f"{_NAME}.safetensors",
+        }
+
+
+def quickstart(out: Path, seed: int = 2025) -> int:
+    """Train in `out` and show what was learned; the exit code of the first program that fails, or 0.
 
     Raises `ConfigError` if `out` holds files of somebody else.
     """
+    device = find_device(None)
+    return learn(out, Recipe.for_device(device, seed), device)
+
+
+def learn(out: Path, recipe: Recipe, device: torch.device) -> int:
+    """The quickstart with another recipe."""
     _claim(out)
-    log.info(f"quickstart in {out.resolve()}: a tiny Wan, {_NAME} clips, the three real programs")
-    models, dataset, run = make_tiny_wan(out / "models"), make_tiny_dataset(out / "dataset"), _next_run(out)
-    steps = plan(models, dataset, run)
+    log.info(f"quickstart in {out.resolve()}: a tiny Wan learns a look and a motion from a few clips")
+    models, dataset, run = copy_pretrained(out / "models"), make_tiny_dataset(out / "dataset"), _next_run(out)
+    steps = plan(models, dataset, run, recipe)
     for number, step in enumerate(steps, 1):
-        log.info(f"\n== {number} of {len(steps)}: {step.title}\n{_shown(step)}\n")
+        log.info(f"\n== {number} of {len(steps) + 1}: {step.title}\n{_shown(step)}\n")
         code = subprocess.run(step.command, env=_environment(), check=False).returncode
         if code:
             log.error(f"the quickstart stops: {step.title} ended with exit code {code}; its own message is above")
             return code
-    log.info(_summary(dataset, run))
+    log.info(f"\n== {len(steps) + 1} of {len(steps) + 1}: the same prompts without and with the LoRA\n")
+    words = _show(models, dataset, run, device)
+    log.info(_summary(dataset, run, words))
     return 0
 
 
-def plan(models: TinyWan, dataset: TinyDataset, run: Path) -> tuple[Step, ...]:
+def plan(models: TinyWan, dataset: TinyDataset, run: Run, recipe: Recipe) -> tuple[Step, ...]:
     """The three programs with the flags of a usual run, scaled down."""
     config = ("--dataset_config", str(dataset.toml))
     return (
@@ -75,24 +160,42 @@ def plan(models: TinyWan, dataset: TinyDataset, run: Path) -> tuple[Step, ...]:
         Step(
             title="training with samples",
             module="wanlora.cli.train_network",
-            flags=(*config, *_training_flags(models, dataset, run)),
+            flags=(*config, *_training_flags(models, dataset, run, recipe)),
         ),
     )
 
 
-def _training_flags(models: TinyWan, dataset: TinyDataset, run: Path) -> tuple[str, ...]:
+def _training_flags(models: TinyWan, dataset: TinyDataset, run: Run, recipe: Recipe) -> tuple[str, ...]:
     optimizer = "adamw8bit" if find_spec("bitsandbytes") else "adamw"
     weights = f"--task t2v-14B --dit {_q(models.dit)} --vae {_q(models.vae)} --t5 {_q(models.t5)}"
-    memory = "--sdpa --mixed_precision bf16 --fp8_base --fp8_scaled --blocks_to_swap 10 --gradient_checkpointing"
-    learning = f"--optimizer_type {optimizer} --learning_rate 1e-3 --max_train_epochs 2 --seed 2025"
+    maths = "--sdpa --mixed_precision bf16 --fp8_base --fp8_scaled"
+    memory = "--gradient_checkpointing --blocks_to_swap 10" if recipe.save_memory else ""
+    learning = f"--optimizer_type {optimizer} --learning_rate {recipe.learning_rate:g} --seed {recipe.seed}"
+    length = f"--max_train_steps {recipe.steps}"
     timesteps = "--timestep_sampling shift --discrete_flow_shift 3.0"
-    network = "--network_module networks.lora_wan --network_dim 8 --network_alpha 8"
+    network = f"--network_module networks.lora_wan --network_dim {recipe.rank} --network_alpha {recipe.rank}"
     loading = "--max_data_loader_n_workers 1 --persistent_data_loader_workers"
-    saving = f"--output_dir {_q(run / 'output')} --output_name {_NAME} --save_every_n_epochs 1 --save_state"
-    logs = f"--log_with tensorboard --logging_dir {_q(run / 'logs')} --log_config"
-    samples = f"--sample_prompts {_q(dataset.prompts)} --sample_at_first --sample_every_n_epochs 1"
-    groups = (weights, memory, learning, timesteps, network, loading, saving, logs, samples)
+    saving = f"--output_dir {_q(run.output)} --output_name {_NAME} --save_every_n_epochs 1 --save_state"
+    logs = f"--log_with tensorboard --logging_dir {_q(run.logs)} --log_config"
+    samples = f"--sample_prompts {_q(dataset.previews)} --sample_at_first --sample_every_n_epochs 1"
+    groups = (weights, maths, memory, learning, length, timesteps, network, loading, saving, logs, samples)
     return tuple(flag for group in groups for flag in shlex.split(group))
+
+
+def _show(models: TinyWan, dataset: TinyDataset, run: Run, device: torch.device) -> tuple[str, ...]:
+    """Draw the comparison and write page, picture and numbers; what they say in words."""
+    comparison = compare(models, run.loras, prompts=dataset.prompts, dataset=dataset.toml, device=device)
+    words = verdict(comparison)
+    write_page(run.page, comparison, words, run.steps)
+    write_sheet(run.sheet, comparison, words)
+    write_json(run.measured, _numbers(comparison, measures(comparison)))
+    return words
+
+
+def _numbers(comparison: Comparison, found: Sequence[Measure]) -> dict[str, object]:
+    """For programs."""
+    by_name = {one.name: {k: getattr(one, k) for k in ("base", "dataset", "lora", "closed")} for one in found}
+    return {**by_name, "off_equals_base": comparison.off_equals_base}
 
 
 def _q(path: Path) -> str:
@@ -108,11 +211,11 @@ def _claim(out: Path) -> None:
     write_text(out / MARKER, "Made by `wanlora quickstart`, which may write here. The whole folder can be deleted.\n")
 
 
-def _next_run(out: Path) -> Path:
+def _next_run(out: Path) -> Run:
     number = 1
     while (out / f"run_{number}").exists():
         number += 1
-    return out / f"run_{number}"
+    return Run(folder=out / f"run_{number}")
 
 
 def _environment() -> dict[str, str]:
@@ -131,17 +234,20 @@ def _shown(step: Step) -> str:
     return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
 
 
-def _summary(dataset: TinyDataset, run: Path) -> str:
-    output = run / "output"
+def _summary(dataset: TinyDataset, run: Run, words: Sequence[str]) -> str:
+    learned = "\n".join(f"  {sentence}" for sentence in words)
     return f"""
-The quickstart has run. What it left behind:
-  LoRA           {_listed(output, "*.safetensors")}
-  samples        {_listed(output / "sample", "*.*")}
-  logs           {run / "logs"}   (tensorboard --logdir "{run / "logs"}")
+What the LoRA has learned:
+{learned}
+
+  to look at     {run.page.resolve()}
+                 {run.sheet.resolve()}
+  LoRA           {_listed(run.output, "*.safetensors")}
+  samples        {_listed(run.output / "sample", "*.*")}
+  logs           {run.logs}   (tensorboard --logdir "{run.logs}")
   dataset TOML   {dataset.toml}
   caches         {_listed_paths(dataset.caches)}
 
-The model has random weights, so the samples show noise; loss, files and speed are what there is to see.
 The same three steps with a real model, on your own TOML:
 {REAL_RUN}"""
 

@@ -1,5 +1,8 @@
 """A Wan with the real structure and file formats, and random weights: 12 narrow blocks instead of 40 wide ones.
 
+It is what tests use, which want every weight to matter and no file to depend on a training; the quickstart uses the
+trained one (`shipped`).
+
 Weights are drawn so that signals keep their size from layer to layer, as in a trained model, and the autoencoder's
 last layers are scaled so that its latents and pictures have the usual spread. Nothing is left at zero, so a mistake
 anywhere shows in the output. The same seed gives the same files.
@@ -12,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -23,8 +25,8 @@ from wanlora.foundation.tensor_files import save_tensors
 from wanlora.models.wan.spec import WanSizes
 from wanlora.models.wan.transformer import WanTransformer
 from wanlora.models.wan.vae import VAE_MEAN, VAE_STD, VAESizes, WanVAE
-from wanlora.quickstart.media import SCENES
 from wanlora.quickstart.tiny_tokenizer import VOCABULARY, write_tokenizer
+from wanlora.quickstart.world import base_scenes, render
 
 TEXT_DIM = 64
 """Width of the text encoder and of its embeddings."""
@@ -50,15 +52,25 @@ class TinyWan:
     t5: Path
     tokenizer: Path
 
+    @classmethod
+    def within(cls, folder: Path) -> "TinyWan":
+        """The files' places in `folder`, laid out as the official release lays out its own."""
+        return cls(
+            dit=folder / "wan_tiny_t2v_bf16.safetensors",
+            vae=folder / "wan_tiny_vae.safetensors",
+            t5=folder / "models_t5_tiny-enc-bf16.pth",
+            tokenizer=folder / "google" / "umt5-xxl" / "tokenizer.json",
+        )
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All four."""
+        return (self.dit, self.vae, self.t5, self.tokenizer)
+
 
 def make_tiny_wan(folder: Path, seed: int = 0) -> TinyWan:
-    """Write the four files into `folder`, laid out as the official release lays out its own."""
-    files = TinyWan(
-        dit=folder / "wan_tiny_t2v_bf16.safetensors",
-        vae=folder / "wan_tiny_vae.safetensors",
-        t5=folder / "models_t5_tiny-enc-bf16.pth",
-        tokenizer=folder / "google" / "umt5-xxl" / "tokenizer.json",
-    )
+    """Write the four files into `folder`."""
+    files = TinyWan.within(folder)
     streams = Streams(seed)
     write_tokenizer(files.tokenizer)
     save_tensors(files.dit, _in_bf16(transformer_weights(streams)))
@@ -83,7 +95,7 @@ def text_weights(streams: Streams) -> Tensors:
 
 
 def _vae_weights(streams: Streams) -> Tensors:
-    """An autoencoder's tensors, scaled on the quickstart's scenes: latents of unit variance, pictures with contrast."""
+    """An autoencoder's tensors, scaled on scenes: latents of unit variance, pictures with contrast."""
     vae = WanVAE(VAE_SIZES)
     vae.load_state_dict(_draw(_shapes(vae), streams))
     pixels_BCFHW = _clips()
@@ -117,8 +129,8 @@ def _one_thread() -> Iterator[None]:
 
 def _clips() -> Tensor:
     """A second of some scenes, as the autoencoder takes them."""
-    clips = [[scene.picture(frame / 8, 64, 48) for frame in range(9)] for scene in SCENES[:3]]
-    return rearrange(torch.tensor(np.array(clips)).float() / 127.5 - 1, "b f h w c -> b c f h w")
+    clips = render(base_scenes(3, seed=0), frames=9, width=64, height=48, fps=8)
+    return rearrange(clips.float() / 127.5 - 1, "b f h w c -> b c f h w")
 
 
 def _per_channel(x_BCFHW: Tensor) -> Tensor:

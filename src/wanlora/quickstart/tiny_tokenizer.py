@@ -1,4 +1,4 @@
-"""A tokenizer of the same kind as UMT5's, for the words of the quickstart's captions; other words go letter by letter.
+"""A tokenizer of the same kind as UMT5's, for the words of the small world's captions; other words go letter by letter.
 
 Unigram pieces with the same special ids (pad 0, end 1, start 2, unknown 3) and bytes for letters it does not know.
 """
@@ -9,12 +9,13 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from wanlora.foundation.files import write_text
-from wanlora.quickstart.media import SCENES
+from wanlora.quickstart.world import Scene, base_scenes, new_scenes
 
 _SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _LETTERS = ("▁", *string.digits, *string.ascii_letters, *string.punctuation)
-_WORDS = tuple(sorted({f"▁{word.strip('.')}" for scene in SCENES for word in scene.caption.split()} - {"▁a", "▁A"}))
+_SCENES: tuple[Scene, ...] = (*base_scenes(200, seed=0), *new_scenes(200, seed=0))  # with every word of the world
+_WORDS = tuple(sorted({f"▁{word.strip('.')}" for scene in _SCENES for word in scene.caption.split()} - {"▁a", "▁A"}))
 VOCABULARY = (*_SPECIAL, *_BYTES, *_LETTERS, *_WORDS)
 """Pieces in the order of their ids."""
 

@@ -4,17 +4,26 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tiny import TinyDataset, TinyWan
 from wanlora.foundation.errors import ConfigError
 from wanlora.quickstart import run
-from wanlora.quickstart.run import MARKER, Step, plan, quickstart
+from wanlora.quickstart.run import MARKER, Recipe, Run, Step, plan, quickstart
+
+
+@pytest.fixture
+def _nothing_shown(tiny_models: TinyWan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only programs run; models are the tests' own."""
+    monkeypatch.setattr(run, "copy_pretrained", lambda folder: tiny_models)
+    monkeypatch.setattr(run, "_show", lambda *_: ("it moves",))
 
 
 def test_it_runs_the_three_real_programs_on_its_own_files(
     tiny_models: TinyWan, tiny_dataset: TinyDataset, tmp_path: Path
 ) -> None:
-    steps = plan(tiny_models, tiny_dataset, tmp_path / "with space" / "run_1")
+    folder = Run(folder=tmp_path / "with space" / "run_1")
+    steps = plan(tiny_models, tiny_dataset, folder, Recipe(learning_rate=3e-3, rank=4, steps=30))
     assert [step.module for step in steps] == [
         "wanlora.cli.cache_latents",
         "wanlora.cli.cache_text_encoder_outputs",
@@ -22,10 +31,20 @@ def test_it_runs_the_three_real_programs_on_its_own_files(
     ]
     for step in steps:
         assert step.flags[:2] == ("--dataset_config", str(tiny_dataset.toml))
-    flags = steps[2].flags
-    assert flags[flags.index("--dit") + 1] == str(tiny_models.dit)
-    assert flags[flags.index("--output_dir") + 1] == str(tmp_path / "with space" / "run_1" / "output")
-    assert {"--fp8_scaled", "--gradient_checkpointing", "--sample_at_first", "--save_state"} <= set(flags)
+    flags = dict(zip(steps[2].flags, steps[2].flags[1:], strict=False))
+    assert flags["--dit"] == str(tiny_models.dit)
+    assert flags["--output_dir"] == str(tmp_path / "with space" / "run_1" / "output")
+    assert (flags["--learning_rate"], flags["--network_dim"], flags["--max_train_steps"]) == ("0.003", "4", "30")
+    assert {"--fp8_scaled", "--sample_at_first", "--save_state"} <= set(steps[2].flags)
+
+
+def test_a_card_trains_longer_and_saves_memory(tiny_models: TinyWan, tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    on_card, on_cpu = (Recipe.for_device(torch.device(name), seed=1) for name in ("cuda", "cpu"))
+    assert on_card.steps > on_cpu.steps
+    memory = {"--gradient_checkpointing", "--blocks_to_swap"}
+    run_1 = Run(folder=tmp_path)
+    assert memory <= set(plan(tiny_models, tiny_dataset, run_1, on_card)[2].flags)
+    assert not memory & set(plan(tiny_models, tiny_dataset, run_1, on_cpu)[2].flags)
 
 
 def test_a_folder_with_files_of_somebody_else_is_refused(tmp_path: Path) -> None:
@@ -41,6 +60,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
         quickstart(tmp_path / "out")
 
 
+@pytest.mark.usefixtures("_nothing_shown")
 def test_programs_run_in_order_and_find_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -49,12 +69,14 @@ def test_programs_run_in_order_and_find_the_package(
     out = tmp_path / "quickstart"
     with caplog.at_level(logging.INFO, "wanlora"):
         assert quickstart(out) == 0
-    assert "1 of 2: a look" in caplog.text and "2 of 2: a look" in caplog.text
+    assert "1 of 3: a look" in caplog.text and "2 of 3: a look" in caplog.text
+    assert "it moves" in caplog.text
     assert str(out / "dataset" / "dataset.toml") in caplog.text
     assert "python wan_cache_latents.py" in caplog.text
     assert (out / MARKER).is_file()
 
 
+@pytest.mark.usefixtures("_nothing_shown")
 def test_the_exit_code_of_a_program_that_fails_is_passed_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -66,14 +88,15 @@ def test_the_exit_code_of_a_program_that_fails_is_passed_on(
     assert "never" not in caplog.text
 
 
+@pytest.mark.usefixtures("_nothing_shown")
 def test_a_second_call_keeps_what_is_there_and_trains_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = []
 
-    def record(models: TinyWan, dataset: TinyDataset, folder: Path) -> tuple[Step, ...]:
-        runs.append(folder.name)
-        (folder / "output").mkdir(parents=True)
+    def record(models: TinyWan, dataset: TinyDataset, folder: Run, recipe: Recipe) -> tuple[Step, ...]:
+        runs.append(folder.folder.name)
+        folder.output.mkdir(parents=True)
         return ()
 
     monkeypatch.setattr(run, "plan", record)
