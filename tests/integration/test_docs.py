@@ -99,7 +99,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(CONFIGS, tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(log, "_said", set())
-    monkeypatch.setattr(console, "quickstart", lambda out: 0)
+    monkeypatch.setattr(console, "quickstart", lambda out, seed: 0)
     return tmp_path
 
 
