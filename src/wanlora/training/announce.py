@@ -5,7 +5,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from wanlora.config.train import TrainConfig, ValidationConfig
+from wanlora.config.outputs import ValidationConfig
+from wanlora.config.train import TrainConfig
 from wanlora.data.checks import remarks
 from wanlora.data.plan import DataPlan
 from wanlora.data.report import report_lines

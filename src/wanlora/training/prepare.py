@@ -13,8 +13,9 @@ import torch
 
 from wanlora.config.checks import check_paths
 from wanlora.config.dataset import read_datasets
+from wanlora.config.outputs import SavingConfig
 from wanlora.config.prompts import read_prompts
-from wanlora.config.train import MemoryConfig, ModelConfig, SavingConfig, TrainConfig
+from wanlora.config.train import MemoryConfig, ModelConfig, TrainConfig
 from wanlora.data.checks import check_caches
 from wanlora.data.plan import DataPlan, plan_datasets
 from wanlora.diffusion.timesteps import TimestepPlan, build_plan
