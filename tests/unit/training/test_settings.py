@@ -10,7 +10,7 @@ from wanlora.config.train import NetworkConfig, RunConfig, TrainConfig
 from wanlora.training.settings import all_settings, decisive_settings, differences, timestep_settings
 
 SOURCE = Path(wanlora.__file__).parent
-READERS = ("training/*.py", "cli/*.py", "config/train.py")
+READERS = ("training/*.py", "cli/*.py", "config/train.py", "config/outputs.py")
 
 
 def names_read() -> set[str]:
