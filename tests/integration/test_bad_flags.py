@@ -56,6 +56,9 @@ FLAGS = {
         flags=("--task", "i2v-14B"), says=("--task i2v-14B: Wan2.1 image to video needs", "t2v-14B")
     ),
     "two experts": Case(flags=("--dit_high_noise", "high.safetensors"), says=("--dit_high_noise", "train one")),
+    "schedule of a measured loss": Case(
+        flags=("--lr_scheduler", "reduce_lr_on_plateau"), says=("follows a measured loss", "choose from constant")
+    ),
     "task of two experts": Case(
         flags=("--task", "t2v-A14B"), says=("Wan2.2 text to video trains two experts", "choose from t2v-1.3B")
     ),

@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from diffusers.models import embeddings
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from wanlora.lora.network import LoRANetwork, inject
+from wanlora.lora.targets import select_targets
 from wanlora.models.wan.keys import official_to_diffusers
 from wanlora.models.wan.layers import sinusoid
 from wanlora.models.wan.spec import WanSizes
@@ -133,3 +136,42 @@ def test_16_bit_maths_stay_close_and_a_float32_residual_is_closer(dtype: torch.d
             errors[residual] = relative(rounded(*inputs(1)), expected)
     assert errors[dtype] < 2e-2
     assert errors[torch.float32] < 0.8 * errors[dtype]
+
+
+def test_gradients_of_lora_factors_equal_those_of_peft() -> None:
+    ours, theirs = pair(HEADS_OF_32)
+    network = inject(
+        ours, select_targets(ours), rank=4, alpha=8.0, generator=torch.Generator().manual_seed(2), device=None
+    )
+    targets = [official_to_diffusers(name) for name in network.adapters]
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules=targets), theirs)
+    factors = lora_factors(network, theirs)
+    generator = torch.Generator().manual_seed(3)
+    for mine, other in factors.values():
+        nn.init.normal_(mine, std=0.1, generator=generator)
+        other.data.copy_(mine.data)
+    x, timestep, text = inputs(2)
+    target = torch.randn(x.shape, generator=generator)
+    losses = [
+        F.mse_loss(ours.train()(x, timestep, text), target),
+        F.mse_loss(oracle(theirs.train(), x, timestep, text), target),
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    sum(losses).backward()  # type: ignore[union-attr]
+    assert len(factors) == 2 * 10 * HEADS_OF_32.num_layers
+    for name, (mine, other) in factors.items():
+        assert mine.grad is not None and other.grad is not None
+        assert relative(mine.grad, other.grad) < 1e-4, name
+
+
+def lora_factors(network: LoRANetwork, theirs: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Ours and peft's parameter for every factor, by our name."""
+    parameters = dict(theirs.named_parameters())
+    return {
+        f"{name}.{ours}": (
+            getattr(adapter, ours).weight,
+            parameters[f"{official_to_diffusers(name)}.{peft}.default.weight"],
+        )
+        for name, adapter in network.adapters.items()
+        for ours, peft in (("lora_down", "lora_A"), ("lora_up", "lora_B"))
+    }

@@ -4,12 +4,16 @@
 is a fault of the program and shows its traceback.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from wanlora.foundation.errors import UserError
 from wanlora.foundation.log import log, setup_logging
+
+_REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC}
+"""What the system answers where the user lacks rights or room."""
 
 Command = Callable[[Sequence[str]], int]
 
@@ -26,6 +30,11 @@ def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
             raise
         log.error(str(error))
         return error.exit_code
+    except OSError as error:
+        if debug or error.errno not in _REFUSALS:
+            raise
+        log.error(f"{error.filename or 'a file'}: {error.strerror}; check the rights to it and the room on its disk")
+        return UserError.exit_code
     except KeyboardInterrupt:
         log.error("stopped by Ctrl-C; every file written so far is whole")
         return 130

@@ -11,7 +11,7 @@ from wanlora.diffusion.weighting import LOSS_WEIGHTINGS
 from wanlora.models.wan.spec import FUTURE_TASKS, TASKS
 from wanlora.training.optimizers import OPTIMIZERS
 from wanlora.training.run import train
-from wanlora.training.schedules import SCHEDULES
+from wanlora.training.schedules import NOT_SCHEDULES, SCHEDULES
 
 
 def choices() -> dict[str, tuple[str, ...]]:
@@ -28,7 +28,7 @@ def choices() -> dict[str, tuple[str, ...]]:
 
 def command(argv: Sequence[str]) -> int:
     """Train as the arguments say."""
-    train(parse_train(argv, choices(), refusals={"task": FUTURE_TASKS}))
+    train(parse_train(argv, choices(), refusals={"task": FUTURE_TASKS, "lr_scheduler": NOT_SCHEDULES}))
     return 0
 
 

@@ -33,7 +33,7 @@ _SCHEDULER_OPTIONS = {
     "lr_scheduler_num_cycles": ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
     "lr_scheduler_power": ("polynomial",),
     "lr_scheduler_timescale": ("inverse_sqrt",),
-    "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "warmup_stable_decay", "rex"),
+    "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "rex"),
     "lr_decay_steps": ("warmup_stable_decay",),
 }
 """Schedule options, and the schedules that read them."""
@@ -130,6 +130,9 @@ def _attention(config: TrainConfig, given: Given, problems: Problems) -> None:
 def _optimizer(config: TrainConfig, given: Given, problems: Problems) -> None:
     if "optimizer_type" not in given:
         say_once(f"no --optimizer_type is given: {config.optimizer.optimizer_type} is used")
+    if "learning_rate" not in given and config.optimizer.optimizer_type.lower() != "adafactor":
+        rate = config.optimizer.learning_rate
+        say_once(f"no --learning_rate is given: {rate:g} is used, musubi's default; for a LoRA 5e-5 to 1e-4 is usual")
     read_key_values(config.optimizer.optimizer_args, "--optimizer_args", problems)
 
 

@@ -189,7 +189,9 @@ def _read_header(path: Path) -> dict[str, Any]:
                 raise ValueError(f"its header claims {length} bytes, the file has {size}")
             header: dict[str, Any] = json.loads(file.read(length))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _broken(path, error) from error
     if ends and 8 + length + max(ends) > size:
         raise _broken(path, ValueError(f"it should have {8 + length + max(ends)} bytes and has {size}"))
@@ -198,6 +200,10 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 def _broken(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path} is cut off or is no safetensors file ({error}); fetch or make it again")
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read ({error.strerror or error}); check that you may open it")
 
 
 def _load_pickle(path: Path) -> Any:
@@ -213,6 +219,8 @@ def _load_pickle(path: Path) -> Any:
             f"{path} holds more than tensors, and unpickling it could run foreign code, so it is refused; "
             "use the .safetensors version of the file"
         ) from error
+    except PermissionError as error:
+        raise _unreadable(path, error) from error
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is cut off or is no PyTorch weights file ({error}); fetch it again") from error
 

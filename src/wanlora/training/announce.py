@@ -1,10 +1,12 @@
 """What a run says before it starts: the data, the length, and everything that is not as a user might think."""
 
+import os
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from wanlora.config.train import TrainConfig, ValidationConfig
+from wanlora.config.outputs import ValidationConfig
+from wanlora.config.train import TrainConfig
 from wanlora.data.checks import remarks
 from wanlora.data.plan import DataPlan
 from wanlora.data.report import report_lines
@@ -15,6 +17,7 @@ from wanlora.foundation.files import atomic_path
 from wanlora.foundation.log import log, say_once
 from wanlora.foundation.shapes import LatentShape, PixelShape
 from wanlora.lora.files import warn_partial
+from wanlora.training.position import last_step, steps_per_epoch
 from wanlora.training.prepare import Prepared
 from wanlora.training.settings import decisive_settings, differences, timestep_settings
 
@@ -49,10 +52,20 @@ def announce(config: TrainConfig, prepared: Prepared) -> None:
         changed = differences(record.settings, decisive_settings(config))
         if changed:
             log.warning(f"the resumed run differs from the saved one: {'; '.join(changed)}")
-    run = config.run
-    length = f"{run.max_train_steps} steps" if run.max_train_epochs is None else f"{run.max_train_epochs} epochs"
-    accumulated = f", {run.gradient_accumulation_steps} batches a step" if run.gradient_accumulation_steps > 1 else ""
-    log.info(f"training {config.model.task} for {length} of {prepared.plan.num_batches} batches an epoch{accumulated}")
+    log.info(f"training {config.model.task} for {_length(config, prepared)}")
+
+
+def _length(config: TrainConfig, prepared: Prepared) -> str:
+    """Epochs and steps, one told by the other."""
+    run, epoch_length = config.run, prepared.plan.num_batches
+    batches = run.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+    each = steps_per_epoch(epoch_length, batches)
+    if run.max_train_epochs is None:
+        length = f"{_counted(run.max_train_steps, 'step')}, {each} an epoch ({run.max_train_steps / each:.3g} epochs)"
+    else:
+        total = last_step(run.max_train_epochs, prepared.start, epoch_length=epoch_length, batches_per_step=batches)
+        length = f"{_counted(run.max_train_epochs, 'epoch')} of {_counted(each, 'step')}, {total} in all"
+    return length + (f"; {batches} batches a step" if batches > 1 else "")
 
 
 def _announce_validation(config: TrainConfig, plan: DataPlan) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from wanlora.config.train import SavingConfig
+from wanlora.config.outputs import SavingConfig
 from wanlora.foundation.errors import CheckpointError
 from wanlora.foundation.log import log
 from wanlora.training.position import Position

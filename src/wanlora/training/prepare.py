@@ -13,13 +13,14 @@ import torch
 
 from wanlora.config.checks import check_paths
 from wanlora.config.dataset import read_datasets
+from wanlora.config.outputs import SavingConfig
 from wanlora.config.prompts import read_prompts
-from wanlora.config.train import MemoryConfig, ModelConfig, SavingConfig, TrainConfig
+from wanlora.config.train import MemoryConfig, ModelConfig, TrainConfig
 from wanlora.data.checks import check_caches
 from wanlora.data.plan import DataPlan, plan_datasets
 from wanlora.diffusion.timesteps import TimestepPlan, build_plan
 from wanlora.foundation.devices import find_device
-from wanlora.foundation.errors import ConfigError, Problems
+from wanlora.foundation.errors import CheckpointError, ConfigError, Problems
 from wanlora.foundation.log import log, say_once
 from wanlora.foundation.tensor_files import open_tensors
 from wanlora.generation.requests import PreviewRequest, resolve_all
@@ -89,7 +90,8 @@ def prepare(config: TrainConfig) -> Prepared:
     with problems.collect():
         import_network(config.network.network_module)
     with problems.collect():
-        found["resume"] = _find_resume(config.saving)
+        found["resume"] = resume = _find_resume(config.saving)
+        _check_same_optimizer(config.optimizer.optimizer_type, resume)
     sizes = _check_model(config, problems, found)
     if _are_there(config.run.dataset_config):
         with problems.collect():
@@ -222,6 +224,20 @@ def _find_resume(saving: SavingConfig) -> Resume | None:
         log.info(f"--resume latest: {folder}")
     assert folder is not None
     return Resume(folder=folder, record=read_record(folder))
+
+
+def _check_same_optimizer(name: str, resume: Resume | None) -> None:
+    """Another optimizer may take a state of the same shape and fail, or go wrong, at its first step."""
+    saved = resume.record.settings.get("optimizer_type") if resume else None
+    if resume and saved and _class_name(saved) != _class_name(name):
+        raise CheckpointError(
+            f"--resume {resume.folder} was saved with --optimizer_type {saved}, this run has {name}; resume with that "
+            "one, or begin a run with --network_weights and the LoRA beside the state"
+        )
+
+
+def _class_name(optimizer: str) -> str:
+    return optimizer.rpartition(".")[2].lower()
 
 
 def _check_output(config: TrainConfig, problems: Problems) -> None:

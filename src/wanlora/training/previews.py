@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from wanlora.config.train import PreviewConfig
+from wanlora.config.outputs import PreviewConfig
 from wanlora.foundation.log import log
 from wanlora.generation.pipeline import decode_frames, sample_latents
 from wanlora.generation.requests import PreviewRequest

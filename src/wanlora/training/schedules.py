@@ -95,6 +95,13 @@ def cosine_with_min_lr(span: Span) -> Factor:
     return span.warmed(lambda step: low + (1.0 - low) * half_cosine(span.num_cycles * span.progress(step)))
 
 
+@SCHEDULES.register("cosine_warmup_with_min_lr")
+def cosine_warmup_with_min_lr(span: Span) -> Factor:
+    """`cosine_with_min_lr` one step ahead: the first step is not idle, the last one is at the lowest rate."""
+    ahead = cosine_with_min_lr(span)
+    return lambda step: ahead(step + 1)
+
+
 @SCHEDULES.register("polynomial")
 def polynomial(span: Span) -> Factor:
     """Down to 1e-7 as a power of what is left."""
@@ -133,6 +140,11 @@ def rex(span: Span, *, alpha: float = 0.1, beta: float = 0.9) -> Factor:
         return low + (1.0 - low) * left / (alpha + beta * left)
 
     return span.warmed(factor)
+
+
+_MEASURED = "it follows a measured loss and not the step, so a run could not be planned or resumed exactly"
+NOT_SCHEDULES: dict[str, str] = {"reduce_lr_on_plateau": _MEASURED, "greedy": _MEASURED}
+"""Names that users may know and that are no function of the step: the reason."""
 
 
 def piecewise_constant(rules: str) -> Factor:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wanlora.config.train import LoggingConfig
+from wanlora.config.outputs import LoggingConfig
 from wanlora.foundation.errors import ConfigError
 from wanlora.foundation.log import warn_once
 from wanlora.training.engine import Engine

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from wanlora.config.train import ValidationConfig
+from wanlora.config.outputs import ValidationConfig
 from wanlora.data.dataset import CachedBatches
 from wanlora.data.order import BatchSpec, fixed_batches
 from wanlora.data.plan import DataPlan

@@ -1,5 +1,6 @@
 """How commands end, and what the scripts offer."""
 
+import errno
 import signal
 from collections.abc import Callable, Sequence
 
@@ -37,6 +38,17 @@ def test_a_fault_of_the_program_keeps_its_traceback() -> None:
 
     with pytest.raises(KeyError):
         run_command(fail, [])
+
+
+def test_a_folder_without_rights_is_no_fault_of_the_program(capsys: Captured) -> None:
+    def write(argv: Sequence[str]) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", "out/models")
+
+    assert run_command(write, []) == 2
+    says = "error: out/models: Permission denied; check the rights to it and the room on its disk\n"
+    assert capsys.readouterr().err == says
+    with pytest.raises(PermissionError):
+        run_command(write, ["--debug"])
 
 
 def test_ctrl_c_is_130(capsys: Captured) -> None:

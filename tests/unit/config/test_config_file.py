@@ -87,12 +87,14 @@ def test_a_negation_may_stand_in_the_file(write: Write) -> None:
 def test_musubis_empty_optimizer_name_means_the_default(write: Write, said: list[str]) -> None:
     path = write("run.toml", 'optimizer_type = ""')
     assert parse_train([*BASE[:-2], "--config_file", str(path)], {}).optimizer.optimizer_type == "adamw"
-    assert said == ["no --optimizer_type is given: adamw is used"]
+    assert "no --optimizer_type is given: adamw is used" in said
 
 
 def test_flags_of_musubis_with_another_answer(write: Write, said: list[str]) -> None:
     train(write, 'async_upload = false\nhuggingface_repo_id = ""\ndynamo_backend = "NO"\ndynamo_mode = "x"')
-    assert len(said) == 1 and said[0].startswith("run.toml line 4: dynamo_mode is not needed: accelerate's dynamo")
+    answers = [line for line in said if line.startswith("run.toml")]
+    assert len(answers) == 1
+    assert answers[0].startswith("run.toml line 4: dynamo_mode is not needed: accelerate's dynamo")
     assert "run.toml line 1: async_upload: nothing is uploaded" in refusal(write, "async_upload = true")
 
 

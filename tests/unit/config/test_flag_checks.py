@@ -10,7 +10,7 @@ from wanlora.foundation.errors import ConfigError
 
 BASE = (
     "--dit d --dataset_config s.toml --output_dir o --output_name n --network_module networks.lora_wan "
-    "--sdpa --optimizer_type adamw "
+    "--learning_rate 1e-4 --sdpa --optimizer_type adamw "
 )
 
 

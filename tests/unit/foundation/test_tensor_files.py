@@ -1,5 +1,6 @@
 """Files of named tensors, whole, sharded, pickled and broken."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -98,3 +99,17 @@ def test_a_full_disk_is_an_error_of_the_disk(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match="No space left on device"):
         save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
+def test_a_file_that_may_not_be_opened_is_not_called_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def refuse(*anything: object, **more: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / name).write_bytes(b"closed")
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(CheckpointError, match=r"a\.\w+ cannot be read \(Permission denied\); check that you may open"):
+        open_tensors(tmp_path / name)

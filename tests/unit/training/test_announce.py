@@ -32,8 +32,13 @@ def said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> p
 def test_data_length_and_corrections_are_said(checked: Checked, said: pytest.LogCaptureFixture) -> None:
     announce(*checked("--max_train_epochs", "3", "--gradient_accumulation_steps", "2"))
     assert "9 samples in 8 batches" in said.text
-    assert "training t2v-14B for 3 epochs of 8 batches an epoch, 2 batches a step" in said.text
+    assert "training t2v-14B for 3 epochs of 4 steps, 12 in all; 2 batches a step" in said.text
     assert "musubi-tuner tells it 1000 t + 1" in said.text
+
+
+def test_a_length_in_steps_is_told_in_epochs(checked: Checked, said: pytest.LogCaptureFixture) -> None:
+    announce(*checked("--max_train_steps", "20"))
+    assert "training t2v-14B for 20 steps, 8 an epoch (2.5 epochs)" in said.text
 
 
 def test_a_resumed_run_names_what_differs(checked: Checked, said: pytest.LogCaptureFixture) -> None:

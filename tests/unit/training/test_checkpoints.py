@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from wanlora.config.train import SavingConfig
+from wanlora.config.outputs import SavingConfig
 from wanlora.foundation.errors import CheckpointError
 from wanlora.foundation.log import log
 from wanlora.training.checkpoints import Checkpoints

@@ -66,10 +66,15 @@ def test_an_optimizer_of_matrices_only_is_accepted(checked: Checked) -> None:
     assert prepared.optimizer.maker is torch.optim.Muon
 
 
-def state(folder: Path, epoch_length: int) -> Path:
+def state(folder: Path, epoch_length: int, **settings: str) -> Path:
     """A state whose adapters are of no interest."""
     record = RunRecord(
-        position=Position(step=7, epoch=1, batch=3), seed=1, epoch_length=epoch_length, total_steps=20, losses=[]
+        position=Position(step=7, epoch=1, batch=3),
+        seed=1,
+        epoch_length=epoch_length,
+        total_steps=20,
+        losses=[],
+        settings=settings,
     )
     save_state(folder, record, adapter={"x": torch.zeros(1)}, optimizer={}, rates={}, scaler={})
     return folder
@@ -86,6 +91,17 @@ def test_a_run_begins_where_its_state_stands_or_anew_if_the_data_changed(
     assert same.start == Position(step=7, epoch=1, batch=3)
     _, changed = checked("--resume", str(state(training_folder.folder / "b-state", length + 1)))
     assert changed.start == Position(step=7, epoch=1)
+
+
+def test_a_state_of_another_optimizer_is_refused(
+    checked: Checked, training_folder: TrainingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wanlora.lora.network.LoRANetwork.check_state", lambda self, shapes, source: None)
+    same = state(training_folder.folder / "a-state", 3, optimizer_type="torch.optim.AdamW")
+    assert checked("--resume", str(same), "--optimizer_type", "adamw")[1].resume is not None
+    other = state(training_folder.folder / "b-state", 3, optimizer_type="adamw")
+    with pytest.raises(ConfigError, match="was saved with --optimizer_type adamw, this run has Adamax"):
+        checked("--resume", str(other), "--optimizer_type", "Adamax")
 
 
 def test_a_state_of_another_format_is_refused(checked: Checked, training_folder: TrainingFolder) -> None:

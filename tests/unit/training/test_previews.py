@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.training.parts import engine
-from wanlora.config.train import PreviewConfig
+from wanlora.config.outputs import PreviewConfig
 from wanlora.foundation.shapes import PixelShape
 from wanlora.generation.requests import PreviewRequest
 from wanlora.training.position import Position

@@ -56,6 +56,10 @@ def made_by(name: str, *arguments: Any, **options: Any) -> Callable[[Optimizer],
             lambda w: made_by("get_cosine_with_min_lr_schedule_with_warmup", w, STEPS, min_lr_rate=0.2),
         ),
         (
+            {"lr_scheduler": "cosine_warmup_with_min_lr", "lr_scheduler_min_lr_ratio": 0.2},
+            lambda w: made_by("get_cosine_with_min_lr_schedule_with_warmup_lr_rate", w, STEPS, min_lr_rate=0.2),
+        ),
+        (
             {"lr_scheduler": "polynomial", "lr_scheduler_power": 2.0},
             lambda w: made_by("get_polynomial_decay_schedule_with_warmup", w, STEPS, power=2.0),
         ),

@@ -5,11 +5,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import wanlora
-from wanlora.config.train import LoggingConfig, NetworkConfig, RunConfig, SavingConfig, TrainConfig
+from wanlora.config.outputs import LoggingConfig, SavingConfig
+from wanlora.config.train import NetworkConfig, RunConfig, TrainConfig
 from wanlora.training.settings import all_settings, decisive_settings, differences, timestep_settings
 
 SOURCE = Path(wanlora.__file__).parent
-READERS = ("training/*.py", "cli/*.py", "config/train.py")
+READERS = ("training/*.py", "cli/*.py", "config/train.py", "config/outputs.py")
 
 
 def names_read() -> set[str]:

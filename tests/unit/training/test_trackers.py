@@ -7,7 +7,8 @@ import pytest
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from wanlora.config.train import LoggingConfig, RunConfig
+from wanlora.config.outputs import LoggingConfig
+from wanlora.config.train import RunConfig
 from wanlora.foundation.errors import ConfigError
 from wanlora.training.engine import Engine
 from wanlora.training.trackers import Trackers, run_folder, tracker_options, wanted_trackers

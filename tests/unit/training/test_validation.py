@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.runs import TrainingFolder
 from tests.unit.training.parts import CPU, engine, noise
 from wanlora.config.dataset import read_datasets
-from wanlora.config.train import ValidationConfig
+from wanlora.config.outputs import ValidationConfig
 from wanlora.data.plan import DataPlan, plan_datasets
 from wanlora.diffusion.timesteps import build_plan
 from wanlora.diffusion.weighting import LOSS_WEIGHTINGS
