@@ -62,9 +62,11 @@ def check_train(config: TrainConfig, given: Given, problems: Problems) -> None:
         _require(config.model, ("dit",), given, problems)
         _require(config.run, ("dataset_config",), given, problems)
         _require(config.network, ("network_module",), given, problems)
+        for check in (_attention, _optimizer):
+            check(config, given, problems)
     if config.run.show_timesteps != "console":
         _require(config.saving, ("output_dir", "output_name"), given, problems)
-    for check in (_run, _attention, _optimizer, _schedule, _timesteps, _network, _saving, _previews, _logging, _memory):
+    for check in (_run, _schedule, _timesteps, _network, _saving, _previews, _logging, _memory):
         check(config, given, problems)
 
 
