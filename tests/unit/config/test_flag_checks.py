@@ -144,3 +144,8 @@ def test_console_options_without_the_console(said: list[str]) -> None:
 def test_a_look_at_the_noise_levels_speaks_of_nothing_else(said: list[str]) -> None:
     parse_train(["--show_timesteps", "console"], {})
     assert said == []
+
+
+def test_showing_noise_levels_speaks_of_nothing_else(said: list[str]) -> None:
+    parse_train(["--show_timesteps", "console"], {})
+    assert said == []
