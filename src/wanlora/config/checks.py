@@ -135,6 +135,8 @@ def _optimizer(config: TrainConfig, given: Given, problems: Problems) -> None:
     if "learning_rate" not in given and config.optimizer.optimizer_type.lower() != "adafactor":
         rate = config.optimizer.learning_rate
         say_once(f"no --learning_rate is given: {rate:g} is used, musubi's default; for a LoRA 5e-5 to 1e-4 is usual")
+    if config.optimizer.learning_rate == 0 and config.optimizer.optimizer_type.lower() != "adafactor":
+        say_once("--learning_rate 0: nothing is learned; the LoRA stays as it begins")
     read_key_values(config.optimizer.optimizer_args, "--optimizer_args", problems)
 
 

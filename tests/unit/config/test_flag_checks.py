@@ -149,3 +149,8 @@ def test_a_look_at_the_noise_levels_speaks_of_nothing_else(said: list[str]) -> N
 def test_showing_noise_levels_speaks_of_nothing_else(said: list[str]) -> None:
     parse_train(["--show_timesteps", "console"], {})
     assert said == []
+
+
+def test_a_learning_rate_of_zero_is_said(said: list[str]) -> None:
+    train("--learning_rate 0")
+    assert "--learning_rate 0: nothing is learned; the LoRA stays as it begins" in said
