@@ -435,8 +435,6 @@ def main() -> None:
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.benchmark_limit = 3
     options.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
     trainer = Trainer(options.out, options.vae, device, 8 if options.rehearse else POOL)

@@ -343,7 +343,11 @@ def test_caching_flags(bench: Bench) -> None:
 
 @pytest.mark.parametrize(
     ("out", "says"),
-    [("prompts.txt", "is a file; name a folder"), ("images", "holds files that the quickstart did not")],
+    [
+        ("prompts.txt", "is a file; name a folder"),
+        ("prompts.txt/below", "is a file; name a folder"),
+        ("images", "holds files that the quickstart did not"),
+    ],
 )
 def test_the_quickstart_writes_into_no_folder_of_others(bench: Bench, out: str, says: str) -> None:
     bench.refuses(wanlora_main, ("quickstart", "--out", out), (f"--out {out}", says))

@@ -62,9 +62,11 @@ def check_train(config: TrainConfig, given: Given, problems: Problems) -> None:
         _require(config.model, ("dit",), given, problems)
         _require(config.run, ("dataset_config",), given, problems)
         _require(config.network, ("network_module",), given, problems)
+        for check in (_attention, _optimizer):
+            check(config, given, problems)
     if config.run.show_timesteps != "console":
         _require(config.saving, ("output_dir", "output_name"), given, problems)
-    for check in (_run, _attention, _optimizer, _schedule, _timesteps, _network, _saving, _previews, _logging, _memory):
+    for check in (_run, _schedule, _timesteps, _network, _saving, _previews, _logging, _memory):
         check(config, given, problems)
 
 
@@ -133,6 +135,8 @@ def _optimizer(config: TrainConfig, given: Given, problems: Problems) -> None:
     if "learning_rate" not in given and config.optimizer.optimizer_type.lower() != "adafactor":
         rate = config.optimizer.learning_rate
         say_once(f"no --learning_rate is given: {rate:g} is used, musubi's default; for a LoRA 5e-5 to 1e-4 is usual")
+    if config.optimizer.learning_rate == 0 and config.optimizer.optimizer_type.lower() != "adafactor":
+        say_once("--learning_rate 0: nothing is learned; the LoRA stays as it begins")
     read_key_values(config.optimizer.optimizer_args, "--optimizer_args", problems)
 
 

@@ -78,3 +78,8 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the nearest candidate, or an empty string."""
     found = nearest(name, candidates)
     return f" (did you mean {found!r}?)" if found else ""
+
+
+def few(names: Sequence[str], shown: int = 4) -> str:
+    """`a, b, c, d, …`: enough of a list for a message."""
+    return ", ".join(names[:shown]) + (", …" if len(names) > shown else "")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from wanlora.foundation.dtypes import dtype_name
-from wanlora.foundation.errors import CheckpointError, did_you_mean
+from wanlora.foundation.errors import CheckpointError, did_you_mean, few
 from wanlora.foundation.files import atomic_path
 from wanlora.foundation.log import log, warn_once
 from wanlora.foundation.tensor_files import TensorSource, open_tensors, save_tensors
@@ -28,7 +28,6 @@ from wanlora.lora.spelling import SPELLINGS, resolve, split_key
 from wanlora.lora.targets import candidates
 from wanlora.lora.weights import LoRAWeights
 
-_SHOWN = 4
 _FOREIGN = {
     "hada_": "LoHa",
     "lokr_": "LoKr",
@@ -69,7 +68,7 @@ def read_lora(path: Path, modules: Iterable[str]) -> dict[str, LoRAWeights]:
     file, known = read_file(path), tuple(modules)
     if file.differences:
         raise CheckpointError(
-            f"{path} also holds whole weight differences ({_some(list(file.differences))}), which a LoRA cannot go on "
+            f"{path} also holds whole weight differences ({few(list(file.differences))}), which a LoRA cannot go on "
             "from; merge it into the model with --base_weights"
         )
     paths = resolve(file.loras, known)
@@ -84,7 +83,7 @@ def require_known(path: Path, unknown: list[str], modules: Iterable[str]) -> Non
     """Raise `CheckpointError` naming the modules of a file that the model does not have, if there are any."""
     if unknown:
         raise CheckpointError(
-            f"{path}: {len(unknown)} of its modules are not in this model ({_some(unknown)})"
+            f"{path}: {len(unknown)} of its modules are not in this model ({few(unknown)})"
             f"{did_you_mean(unknown[0], modules)}; the file belongs to another model, or its trainer adapted layers "
             "that are not adapted here"
         )
@@ -156,7 +155,7 @@ def _sort_keys(source: TensorSource) -> tuple[dict[str, dict[str, str]], list[st
                 found[part] = key
     if unknown:
         raise CheckpointError(
-            f"{source.path}: {len(unknown)} of {len(source.names)} keys are not those of a LoRA ({_some(unknown)})"
+            f"{source.path}: {len(unknown)} of {len(source.names)} keys are not those of a LoRA ({few(unknown)})"
         )
     if not parts and not differences:
         raise CheckpointError(f"{source.path} holds no LoRA")
@@ -219,7 +218,7 @@ def _require_finite(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtyp
     if broken:
         raise CheckpointError(
             f"{path} was not written: {len(broken)} of {len(tensors)} tensors hold NaN or infinity in "
-            f"{dtype_name(dtype)} ({_some(broken)}). The training has gone wrong (lower the learning rate and go on "
+            f"{dtype_name(dtype)} ({few(broken)}). The training has gone wrong (lower the learning rate and go on "
             "from an earlier file), or the weights are too large for this --save_precision"
         )
 
@@ -228,7 +227,7 @@ def _prove(path: Path, stored: Mapping[str, LoRAWeights], live: Mapping[str, LoR
     """Raise `CheckpointError` unless every stored update acts as the live one, up to rounding to `dtype`."""
     if set(stored) != set(live):
         odd = sorted(set(stored) ^ set(live))
-        raise CheckpointError(f"{path} was not written: read back, it does not hold the same modules ({_some(odd)})")
+        raise CheckpointError(f"{path} was not written: read back, it does not hold the same modules ({few(odd)})")
     generator = torch.Generator().manual_seed(0)
     for name, want in live.items():
         x = torch.randn(want.down.shape[1], generator=generator, dtype=torch.float64)
@@ -248,7 +247,3 @@ def _rounding_bound(weights: LoRAWeights, x: Tensor, dtype: torch.dtype) -> Tens
     # An alpha that is folded into a factor is rounded too, and its smallest steps grow when it is taken out again.
     moved_up = moved_up + kind.smallest_normal * kind.eps * max(1.0, 1 / abs(weights.scale))
     return 2 * abs(weights.scale) * (moved_up @ (down @ x) + up @ (moved_down @ x) + moved_up @ (moved_down @ x))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")

@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanlora.foundation.errors import CheckpointError
+from wanlora.foundation.errors import CheckpointError, few
 from wanlora.foundation.log import log
 from wanlora.lora.layers import LoRALinear
 from wanlora.lora.targets import candidates
 from wanlora.lora.weights import LoRAWeights
-
-_SHOWN = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,13 +159,13 @@ class LoRANetwork:
                 f"{scale:g}; its weights were rescaled so that their effect is unchanged"
             )
         if absent := [name for name in self.adapters if name not in weights]:
-            log.warning(f"{source} lacks {len(absent)} modules of this run ({_some(absent)}); they start untrained")
+            log.warning(f"{source} lacks {len(absent)} modules of this run ({few(absent)}); they start untrained")
 
     def check(self, weights: Mapping[str, LoRAWeights], source: str = "the LoRA file") -> None:
         """Raise `CheckpointError` if a file has a module without an adapter here, another rank or other sizes."""
         if unknown := [name for name in weights if name not in self.adapters]:
             raise CheckpointError(
-                f"{source} holds {len(unknown)} modules that this run does not train ({_some(unknown)}), and their "
+                f"{source} holds {len(unknown)} modules that this run does not train ({few(unknown)}), and their "
                 "training would be lost; change include_patterns and exclude_patterns, or merge the file with "
                 "--base_weights"
             )
@@ -264,12 +262,8 @@ def _close(a: float, b: float) -> bool:
     return abs(a - b) <= 1e-6 * max(abs(a), abs(b))
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
-
-
 def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     missing = [name for name in ours if name not in theirs]
     extra = [name for name in theirs if name not in ours]
-    parts = [f"it lacks {_some(missing)}"] if missing else []
-    return "; ".join(parts + ([f"only it has {_some(extra)}"] if extra else []))
+    parts = [f"it lacks {few(missing)}"] if missing else []
+    return "; ".join(parts + ([f"only it has {few(extra)}"] if extra else []))

@@ -204,8 +204,9 @@ def _q(path: Path) -> str:
 
 
 def _claim(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; name a folder")
+    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"--out {out}: {existing} is a file; name a folder")
     if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
         raise ConfigError(f"--out {out} holds files that the quickstart did not make; name a new or an empty folder")
     write_text(out / MARKER, "Made by `wanlora quickstart`, which may write here. The whole folder can be deleted.\n")

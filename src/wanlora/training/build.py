@@ -68,6 +68,11 @@ def num_streamed(config: MemoryConfig, device: torch.device, num_blocks: int) ->
     if wanted and device.type != "cuda":
         say_once(f"--blocks_to_swap {wanted}: without a CUDA card all weights are in system memory; nothing is swapped")
         return 0
+    if wanted + config.block_swap_ring_size > num_blocks:
+        say_once(
+            f"--blocks_to_swap {wanted}: {config.block_swap_ring_size} blocks at a time are on the card while they are "
+            f"copied and used, so the memory of {num_blocks - config.block_swap_ring_size} is freed"
+        )
     return min(num_blocks, wanted + config.block_swap_ring_size) if wanted else 0
 
 
@@ -146,7 +151,7 @@ def _runner(config: MemoryConfig, model: WanTransformer, streamed: int) -> Calla
     if config.gradient_checkpointing:
         return Recompute(list(model.blocks), "all", offload=config.gradient_checkpointing_cpu_offload)
     if streamed:
-        say_once(f"the {streamed} swapped blocks are recomputed in backward: their weights have left the card by then")
+        say_once(f"{streamed} streamed blocks are recomputed in backward: their weights have left the card by then")
     return Recompute(list(model.blocks), streamed_indexes(len(model.blocks), streamed))
 
 

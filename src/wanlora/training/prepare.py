@@ -92,6 +92,7 @@ def prepare(config: TrainConfig) -> Prepared:
     with problems.collect():
         found["resume"] = resume = _find_resume(config.saving)
         _check_same_optimizer(config.optimizer.optimizer_type, resume)
+        _check_same_alpha(config, resume)
     sizes = _check_model(config, problems, found)
     if _are_there(config.run.dataset_config):
         with problems.collect():
@@ -233,6 +234,18 @@ def _check_same_optimizer(name: str, resume: Resume | None) -> None:
         raise CheckpointError(
             f"--resume {resume.folder} was saved with --optimizer_type {saved}, this run has {name}; resume with that "
             "one, or begin a run with --network_weights and the LoRA beside the state"
+        )
+
+
+def _check_same_alpha(config: TrainConfig, resume: Resume | None) -> None:
+    """Weights mean something only with the alpha they were trained with."""
+    alpha = config.network.network_alpha
+    saved = float(resume.record.settings.get("network_alpha", alpha)) if resume else alpha
+    rank = config.network.rank
+    if resume and not config.network.dim_from_weights and (saved or rank) != (alpha or rank):
+        raise CheckpointError(
+            f"--resume {resume.folder} was trained with --network_alpha {saved:g}, this run has {alpha:g}, which would "
+            f"make the LoRA {(alpha or rank) / (saved or rank):g} times as strong; resume with its own alpha"
         )
 
 

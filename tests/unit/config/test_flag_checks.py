@@ -139,3 +139,18 @@ def test_showing_timesteps_needs_no_files(said: list[str]) -> None:
 def test_console_options_without_the_console(said: list[str]) -> None:
     parse_latent_cache(shlex.split("--dataset_config s.toml --vae v --console_width 40"))
     assert said == ["--console_width changes nothing without --debug_mode"]
+
+
+def test_a_look_at_the_noise_levels_speaks_of_nothing_else(said: list[str]) -> None:
+    parse_train(["--show_timesteps", "console"], {})
+    assert said == []
+
+
+def test_showing_noise_levels_speaks_of_nothing_else(said: list[str]) -> None:
+    parse_train(["--show_timesteps", "console"], {})
+    assert said == []
+
+
+def test_a_learning_rate_of_zero_is_said(said: list[str]) -> None:
+    train("--learning_rate 0")
+    assert "--learning_rate 0: nothing is learned; the LoRA stays as it begins" in said

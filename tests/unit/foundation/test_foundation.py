@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wanlora.foundation.errors import ConfigError, DataError, Problems, UserError, did_you_mean
+from wanlora.foundation.errors import ConfigError, DataError, Problems, UserError, did_you_mean, few
 from wanlora.foundation.files import atomic_path, fingerprint, is_portable_name, write_json
 from wanlora.foundation.random import Streams
 from wanlora.foundation.ranks import Rank
@@ -37,6 +37,11 @@ def test_collect_lets_faults_of_the_program_pass() -> None:
 def test_a_misspelt_name_is_answered_with_the_nearest() -> None:
     assert did_you_mean("target_frame", ["target_frames", "resolution"]) == " (did you mean 'target_frames'?)"
     assert did_you_mean("zzz", ["target_frames"]) == ""
+
+
+def test_a_long_list_of_names_is_cut() -> None:
+    assert few(["a", "b"]) == "a, b"
+    assert few(["a", "b", "c"], shown=2) == "a, b, …"
 
 
 @pytest.mark.parametrize(("frames", "kept"), [(1, 1), (4, 1), (5, 5), (45, 45), (48, 45), (81, 81)])

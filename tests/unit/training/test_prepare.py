@@ -104,6 +104,16 @@ def test_a_state_of_another_optimizer_is_refused(
         checked("--resume", str(other), "--optimizer_type", "Adamax")
 
 
+def test_a_state_of_another_alpha_is_refused(
+    checked: Checked, training_folder: TrainingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wanlora.lora.network.LoRANetwork.check_state", lambda self, shapes, source: None)
+    saved = str(state(training_folder.folder / "a-state", 3, network_alpha="4.0"))
+    assert checked("--resume", saved, "--network_dim", "4", "--network_alpha", "0")[1].resume is not None
+    with pytest.raises(ConfigError, match=r"trained with --network_alpha 4, this run has 8.* 2 times as strong"):
+        checked("--resume", saved, "--network_dim", "4", "--network_alpha", "8")
+
+
 def test_a_state_of_another_format_is_refused(checked: Checked, training_folder: TrainingFolder) -> None:
     folder = training_folder.folder / "a-state"
     write_json(folder / "run.json", {"format": "wanlora state 0"})

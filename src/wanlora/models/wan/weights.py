@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from wanlora.foundation.errors import CheckpointError
+from wanlora.foundation.errors import CheckpointError, few
 from wanlora.foundation.tensor_files import TensorSource
 
 _SHOWN = 4
@@ -22,9 +22,9 @@ def require_names(path: Path, what: str, expected: Iterable[str], found: Iterabl
     wanted, present = set(expected), set(found)
     problems = []
     if missing := sorted(wanted - present):
-        problems.append(f"lacks {len(missing)} tensors ({_some(missing)})")
+        problems.append(f"lacks {len(missing)} tensors ({few(missing)})")
     if unknown := sorted(present - wanted):
-        problems.append(f"has {len(unknown)} unknown tensors ({_some(unknown)})")
+        problems.append(f"has {len(unknown)} unknown tensors ({few(unknown)})")
     if problems:
         raise CheckpointError(f"{path} should be {what}, but {' and '.join(problems)}; fetch the file again")
 
@@ -60,7 +60,3 @@ def fill(
     for name, stored_name in names.items():
         # A copy, because what was read may be a window into the file.
         put(model, name, source.read(stored_name).to(device=device, dtype=dtype, copy=True))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
