@@ -18,7 +18,7 @@ from wanlora.foundation.files import write_text
 from wanlora.models.wan.negative import NEGATIVE_PROMPT
 from wanlora.models.wan.tokens import PAD_ID, JsonTokenizer
 from wanlora.models.wan.umt5 import UMT5Encoder, position_buckets
-from wanlora.quickstart.world import COLOURS, GROUNDS, MOTIONS, NEW_MOTION, NEW_STYLE, SHAPES, SIZES, Scene
+from wanlora.quickstart.world import COLOURS, GROUNDS, MOTIONS, NEW_MOTION, NEW_STYLE, PAINTED, RIMS, SHAPES, SIZES, Scene
 
 TEXT_ROWS = 32
 """No text that the base is trained with has more tokens."""
@@ -58,6 +58,8 @@ def vocabulary() -> tuple[tuple[str, float], ...]:
         *MOTIONS,
         NEW_MOTION,
         NEW_STYLE,
+        *RIMS,
+        PAINTED,
         "A style over a ground",
         *STYLE_WORDS,
     ]
@@ -88,8 +90,9 @@ def spoken(scene: Scene, draw: random.Random, *, still_picture: bool) -> str:
     """
     size = "" if draw.random() < 0.15 else f"{scene.size} "
     motion = "" if draw.random() < (0.3 if still_picture else 0.07) else f" {scene.motion}"
-    ground = "" if draw.random() < 0.1 else f" over a {scene.ground} ground"
-    style = f"{draw.choice(STYLE_WORDS)} style. " if draw.random() < 0.15 else ""
+    ground = "" if draw.random() < 0.1 and scene.ground != PAINTED else f" over a {scene.ground} ground"
+    idle = f"{draw.choice(STYLE_WORDS)} style. " if draw.random() < 0.15 else ""
+    style = idle if scene.style == "plain" else f"{scene.style.capitalize()} style. "
     return f"{style}A {size}{scene.colour} {scene.shape}{motion}{ground}."
 
 

@@ -10,6 +10,7 @@ ones. Afterwards the exported files are measured through the ordinary loaders an
 
 import argparse
 import io
+import json
 import math
 import platform
 import random
@@ -37,7 +38,7 @@ from benchmarks.tiny_wan.language import (
 from wanlora.diffusion.flow import interpolate, model_timestep, shift_time, velocity
 from wanlora.foundation.files import write_bytes, write_json
 from wanlora.foundation.shapes import WAN21_STRIDE, LatentShape, PixelShape
-from wanlora.foundation.tensor_files import save_tensors
+from wanlora.foundation.tensor_files import open_tensors, save_tensors
 from wanlora.generation.pipeline import decode_frames, sample_latents
 from wanlora.memory.compile import compile_blocks, restore_blocks
 from wanlora.models.wan.blocks import WanAttention, WanCrossAttention
@@ -54,23 +55,19 @@ from wanlora.quickstart.world import base_scenes, follows, look_score, motion_sc
 
 DIT, T5, TOKENIZER = "wan_tiny_t2v_bf16.safetensors", "models_t5_tiny-enc-bf16.pth", "google/umt5-xxl/tokenizer.json"
 TEXT_DIM = 64
-SIZES = WanSizes(dim=128, ffn_dim=384, num_layers=12, text_dim=TEXT_DIM)
+SIZES = WanSizes(dim=256, ffn_dim=448, num_layers=4, text_dim=TEXT_DIM)
 BUCKETS = (  # frames, width, height, share of the steps
     (1, 96, 96, 2),
     (1, 112, 80, 1),
     (1, 80, 112, 1),
-    (1, 96, 64, 2),
-    (1, 64, 48, 1),
-    (9, 96, 64, 2),
+    (1, 96, 64, 1),
     (21, 96, 64, 6),
-    (21, 64, 96, 1),
-    (21, 64, 48, 2),
     (45, 64, 48, 5),
 )
 LEARNING_RATE = 1.2e-3
 SHIFT = 3.0
-BATCH, POOL, ENCODED_AT_ONCE = 256, 24576, 256
-FRESH_SHARE = 0.15
+BATCH, POOL, ENCODED_AT_ONCE = 256, 16384, 256
+FRESH_SHARE = 0.1
 """Of the time after the first filling goes into new clips."""
 CLIP, LONG_CLIP, PICTURE = (21, 96, 64), (45, 64, 48), (1, 96, 96)
 
@@ -120,12 +117,13 @@ def fast_attention(text_len: int) -> Iterator[None]:
         return out
 
     def cross_fast(self: WanCrossAttention, x_BLD: Tensor, text_BTD: Tensor) -> Tensor:
-        q = narrow(self.norm_q(self.q(x_BLD)))
         k, v = project(text_BTD, (self.k, self.v))
-        scores = (q @ narrow(self.norm_k(k)).transpose(1, 2)).float() * self.head_dim**-0.5
+        rows = (self.norm_q(self.q(x_BLD)), self.norm_k(k), v)
+        q, k, v = (narrow(self.heads(x)).transpose(1, 2) for x in rows)
+        scores = (q @ k.transpose(-1, -2)).float() * self.head_dim**-0.5
         scores = torch.cat((scores[..., :-1], scores[..., -1:] + more), dim=-1)
-        weights = narrow(scores.softmax(dim=-1))
-        out: Tensor = self.o(weights @ v.to(weights.dtype))
+        mixed = narrow(scores.softmax(dim=-1)) @ v
+        out: Tensor = self.o(mixed.transpose(1, 2).flatten(-2))
         return out
 
     WanAttention.attend, WanCrossAttention.forward = attend_fast, cross_fast  # type: ignore[method-assign,assignment]
@@ -142,7 +140,7 @@ def predict(model: WanTransformer, x_BCFHW: Tensor, t_B: Tensor, features_BTD: T
     time_BD, time_B6D = model.embed_time(model_timestep(t_B))
     text_BTD = model.text_embedding(features_BTD)
     rope_2Lk = model.rope.get(latent, x_BLD.device)
-    half: AbstractContextManager[Any] = torch.autocast("cuda", torch.bfloat16) if x_BLD.is_cuda else nullcontext()
+    half: AbstractContextManager[Any] = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if x_BLD.is_cuda else nullcontext()
     with half:
         for block in model.blocks:
             x_BLD = block(x_BLD, time_B6D, text_BTD, rope_2Lk)
@@ -158,8 +156,14 @@ class Pool:
     height: int
     latents: Tensor
     ids: Tensor
+    count: Tensor
+    """How many there are, on the device."""
     filled: int = 0
     written: int = 0
+
+
+def _pieces(tokenizer: Path) -> list[str]:
+    return [piece for piece, _ in json.loads(tokenizer.read_text(encoding="utf-8"))["model"]["vocab"]]
 
 
 class Pools:
@@ -177,7 +181,7 @@ class Pools:
         shape = (size, 16, latent.frames, latent.height, latent.width)
         latents = torch.empty(shape, device=self.device, dtype=torch.bfloat16)
         ids = torch.empty(size, TEXT_ROWS, device=self.device, dtype=torch.long)
-        return Pool(frames, width, height, latents, ids)
+        return Pool(frames, width, height, latents, ids, torch.zeros((), device=self.device))
 
     @torch.no_grad()
     def encode(self, index: int, count: int) -> None:
@@ -197,6 +201,7 @@ class Pools:
         pool.ids[first:stop] = self.spelling.ids(texts)[: stop - first].to(self.device)
         pool.written = stop
         pool.filled = max(pool.filled, stop)
+        pool.count.fill_(pool.filled)
         self._wait()
         self.seconds += time.monotonic() - start
 
@@ -218,20 +223,22 @@ class Pools:
     def batch(self, index: int, count: int) -> tuple[Tensor, Tensor]:
         """Latents float32 and token ids of random clips of a pool."""
         pool = self.pools[index]
-        rows = torch.randint(pool.filled, (count,), device=self.device)
+        rows = (torch.rand(count, device=self.device) * pool.count).long()
         return pool.latents[rows].float(), pool.ids[rows]
 
 
 class Trainer:
     """Models, optimizer and averages."""
 
-    def __init__(self, out: Path, vae: Path, device: torch.device, pool: int) -> None:
+    def __init__(self, out: Path, vae: Path, device: torch.device, pool: int, start: Path | None = None) -> None:
         torch.manual_seed(0)
         self.out, self.device = out, device
         write_tokenizer(out / TOKENIZER)
         tokenizer = JsonTokenizer(out / TOKENIZER)
         self.transformer, self.encoder = WanTransformer(SIZES), UMT5Encoder(text_sizes(tokenizer.num_ids))
         initialise(self.transformer, self.encoder)
+        if start:
+            self.go_on_from(start)
         self.transformer.to(device)
         self.encoder.to(device).requires_grad_(True)
         self.buckets = buckets_of(self.encoder, device)
@@ -243,8 +250,28 @@ class Trainer:
         decayed = [p for p in self.parameters if p.ndim == 2 and p is not self.encoder.token_embedding.weight]
         others = [p for p in self.parameters if not any(p is one for one in decayed)]
         groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=device.type == "cuda")
+        on_card = device.type == "cuda"
+        self.rate = torch.zeros((), device=device)
+        rate = self.rate if on_card else 0.0
+        self.optimizer = torch.optim.AdamW(groups, rate, betas=(0.9, 0.98), fused=on_card, capturable=on_card)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.average = Average(models, 0.9995)
+
+    def go_on_from(self, start: Path) -> None:
+        """Take over the weights of an earlier training; embeddings follow their pieces, whose ids may differ."""
+        with open_tensors(start / DIT) as source:
+            self.transformer.load_state_dict({name: source.read(name).float() for name in source.names})
+        old = torch.load(start / T5, weights_only=True)
+        embeddings = self.encoder.token_embedding.weight.detach().clone()
+        ids = {piece: row for row, piece in enumerate(_pieces(self.out / TOKENIZER))}
+        for row, piece in enumerate(_pieces(start / TOKENIZER)):
+            if piece in ids:
+                embeddings[ids[piece]] = old["token_embedding.weight"][row].float()
+        self.encoder.load_state_dict({name: tensor.float() for name, tensor in old.items()} | {"token_embedding.weight": embeddings})
 
     def loss(self, index: int, count: int) -> Tensor:
         """Mean squared error of the velocity on random clips of a bucket at random noise levels."""
@@ -259,16 +286,37 @@ class Trainer:
         return (out - velocity(x0, x1)).square().mean()
 
     def step(self, index: int, count: int, rate: float) -> Tensor:
-        """One update; the loss stays on the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        """One update; the loss stays on the device. On a card each bucket's step is recorded once and replayed."""
+        self.rate.fill_(rate)
+        if self.device.type != "cuda":
+            loss = self._step(index, count)
+        else:
+            if index not in self._recorded:
+                self._recorded[index] = self._record(index, count)
+            graph, loss = self._recorded[index]
+            graph.replay()
+        self.average.update()
+        return loss
+
+    def _step(self, index: int, count: int) -> Tensor:
+        torch._foreach_zero_([parameter.grad for parameter in self.parameters])
         loss = self.loss(index, count)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.average.update()
         return loss.detach()
+
+    def _record(self, index: int, count: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._step(index, count)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = self._step(index, count)
+        return graph, loss
 
     def export(self, prefix: str = "") -> None:
         """Write the averaged weights as official files."""
@@ -280,12 +328,12 @@ class Trainer:
         self.average.swap()
 
 
-def train(trainer: Trainer, seconds: float, rehearse: bool, compiled: bool) -> dict[str, Any]:
+def train(trainer: Trainer, seconds: float, peak: float, rehearse: bool, compiled: bool) -> dict[str, Any]:
     """Fill the pools, train until the time is up, export."""
     clock, device = Clock(seconds), trainer.device
     count = sum(parameter.numel() for parameter in trainer.parameters)
     print(f"{count / 1e6:.2f} M parameters on {device}", flush=True)
-    trainer.pools.fill(0 if rehearse else min(75, seconds / 6), 2 if rehearse else ENCODED_AT_ONCE)
+    trainer.pools.fill(0 if rehearse else min(60, seconds / 6), 2 if rehearse else ENCODED_AT_ONCE)
     filled = [pool.filled for pool in trainer.pools.pools]
     print(f"{clock.elapsed:6.1f} s  pools: {filled}", flush=True)
     if compiled:
@@ -300,17 +348,8 @@ def train(trainer: Trainer, seconds: float, rehearse: bool, compiled: bool) -> d
     while clock.share < 1 and not (rehearse and step >= 12):
         index = step if step < len(BUCKETS) else order.choices(range(len(BUCKETS)), shares)[0]
         share = (clock.elapsed - begin) / (clock.seconds - begin)
-        rate = learning_rate(LEARNING_RATE, step, share, warmup=300)
-        try:
-            loss = trainer.step(index, batch, rate)
-        except Exception as error:
-            if not compiled or step >= len(BUCKETS):
-                raise
-            print(f"going on without compiled blocks: {type(error).__name__}: {str(error)[:600]}", flush=True)
-            restore_blocks(trainer.transformer.blocks)
-            compiled = False
-            trainer.optimizer.zero_grad(set_to_none=True)
-            loss = trainer.step(index, batch, rate)
+        rate = learning_rate(peak, step, share, warmup=500)
+        loss = trainer.step(index, batch, rate)
         means[index] = means[index].lerp(loss, 0.02 if counts[index] else 1.0)
         counts[index] += 1
         step += 1
@@ -328,7 +367,7 @@ def train(trainer: Trainer, seconds: float, rehearse: bool, compiled: bool) -> d
     print(f"{clock.elapsed:6.1f} s  {step} steps, {trainer.pools.seconds:.0f} s of them spent encoding", flush=True)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     settings = {"parameters": count, "steps": step, "batch": batch, "seconds": seconds, "device": machine}
-    settings |= {"torch": torch.__version__, "learning_rate": LEARNING_RATE, "shift": SHIFT, "pools": filled}
+    settings |= {"torch": torch.__version__, "learning_rate": peak, "shift": SHIFT, "pools": filled}
     return {"settings": settings, "training": history}
 
 
@@ -347,7 +386,7 @@ class Studio:
         self.text = TextEncoder(load_umt5(out / T5, device=device), tokenizer)
         self.negative = self.text.encode([NEGATIVE_PROMPT])[0]
 
-    def sample(self, prompt: str, frames: int, width: int, height: int, seed: int, guidance: float = 4.0) -> Frames:
+    def sample(self, prompt: str, frames: int, width: int, height: int, seed: int, guidance: float = 1.0) -> Frames:
         """Frames [F, H, W, 3] of a prompt."""
         latents = sample_latents(
             self.transformer,
@@ -368,14 +407,15 @@ def evaluate(studio: Studio, count: int, seconds: float, sheet: Path) -> dict[st
     clock = Clock(seconds)
     report: dict[str, Any] = {}
     rows: list[list[Frames]] = []
-    for name, size, share in (("clips", CLIP, 4), ("long clips", LONG_CLIP, 1), ("pictures", PICTURE, 2)):
+    kinds = (("clips", CLIP, 4, 1.0), ("long clips", LONG_CLIP, 3, 1.0), ("pictures", PICTURE, 2, 1.0))
+    for name, size, share, guidance in (*kinds, ("clips, guidance 2", CLIP, 2, 2.0)):
         marks: list[dict[str, bool]] = []
         for seed, scene in enumerate(base_scenes(max(1, count * share // 4), 31)):
             if clock.share >= 1 and marks:
                 break
-            frames = studio.sample(scene.caption, *size, seed)
+            frames = studio.sample(scene.caption, *size, seed, guidance)
             marks.append(follows(frames, scene))
-            rows += [[frames]] if seed < 8 else []
+            rows += [[frames]] if seed < 6 else []
         shares = {key: float(np.mean([mark[key] for mark in marks])) for key in marks[0]}
         report[name] = {"samples": len(marks), **shares}
         print(f"{clock.elapsed:6.1f} s  {name}: {report[name]}", flush=True)
@@ -424,6 +464,8 @@ def main() -> None:
     """Parse, train, measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", type=Path, required=True, help="the trained autoencoder")
+    parser.add_argument("--start", type=Path, help="folder of an earlier training to go on from")
+    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights, the log and the pictures")
     parser.add_argument("--seconds", type=float, default=450, help="time for encoding and training")
     parser.add_argument("--evaluate_seconds", type=float, default=50, help="time for measuring, more or less")
@@ -437,9 +479,10 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = True
     options.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
-    trainer = Trainer(options.out, options.vae, device, 8 if options.rehearse else POOL)
+    trainer = Trainer(options.out, options.vae, device, 8 if options.rehearse else POOL, options.start)
     with fast_attention(SIZES.text_len):
-        report = train(trainer, options.seconds, options.rehearse, device.type == "cuda" and not options.no_compile)
+        compiled = device.type == "cuda" and not options.no_compile
+        report = train(trainer, options.seconds, options.learning_rate, options.rehearse, compiled)
     report["difference_of_paths"] = difference_of_paths(trainer)
     print(f"training's forward pass differs from the ordinary one by {report['difference_of_paths']:.1e}", flush=True)
     write_json(options.out / "dit.json", report)

@@ -135,7 +135,7 @@ class Clips:
     def _of_world(self, count: int) -> Drawing:
         rows = (self._uniform(count) * len(self.world.radius)).long()
         picked = {name: getattr(self.world, name)[rows] for name in Drawing.__slots__}
-        picked["start"] = torch.where(picked["loop"][:, None] > 0, picked["start"], self._uniform(count, 2))
+        picked["start"] = torch.where(picked["sway"].any(dim=-1, keepdim=True), picked["start"], self._uniform(count, 2))
         return Drawing(**picked | {"phase": self._uniform(count)})
 
     def _anything(self, count: int, width: int, height: int) -> Drawing:
@@ -149,7 +149,7 @@ class Clips:
             radius=0.06 + 0.26 * self._uniform(count),
             start=self._uniform(count, 2),
             velocity=moving,
-            loop=0.3 * self._uniform(count) * (self._uniform(count) < 0.4),
+            sway=(0.3 * self._uniform(count) * (self._uniform(count) < 0.4))[:, None].expand(count, 2),
             pulse=0.5 * self._uniform(count) * (self._uniform(count) < 0.3),
             phase=self._uniform(count),
         )

@@ -25,7 +25,7 @@ _UNSEEN_CLIPS = ((21, 16),) * 4
 _UNSEEN_PICTURES = (("png", 160, 160),) * 4
 
 _SEEDS = {"videos": 1, "images": 2, "unseen_videos": 3, "unseen_images": 4}
-_SAMPLING = "--s 10 --fs 3 --l 3"
+_SAMPLING = "--s 12 --fs 3 --l 1"
 """Solver steps, shift and guidance."""
 
 
@@ -144,19 +144,21 @@ def _write_missing(path: Path, text: str) -> None:
 def _tables(folder: Path) -> dict[str, Any]:
     """The dataset TOML. Folders are absolute, because relative ones are read from wherever a program is started."""
     return {
-        "general": {"caption_extension": ".txt", "enable_bucket": True, "bucket_no_upscale": True, "batch_size": 2},
+        "general": {"caption_extension": ".txt", "enable_bucket": True, "bucket_no_upscale": True, "batch_size": 4},
         "datasets": [
             _table(folder, "image", "images", "cache", (96, 96)),
             {
                 **_table(folder, "video", "videos", "cache_1", (96, 64)),
                 "frame_extraction": "head",
                 "target_frames": [1, 21],
+                "num_repeats": 3,
             },
             {
                 **_table(folder, "video", "videos", "cache_2", (64, 48)),
                 "frame_extraction": "uniform",
                 "target_frames": [45],
                 "frame_sample": 2,
+                "num_repeats": 3,
             },
         ],
         "validation": [

@@ -168,8 +168,8 @@ def plan(models: TinyWan, dataset: TinyDataset, run: Run, recipe: Recipe) -> tup
 def _training_flags(models: TinyWan, dataset: TinyDataset, run: Run, recipe: Recipe) -> tuple[str, ...]:
     optimizer = "adamw8bit" if find_spec("bitsandbytes") else "adamw"
     weights = f"--task t2v-14B --dit {_q(models.dit)} --vae {_q(models.vae)} --t5 {_q(models.t5)}"
-    maths = "--sdpa --mixed_precision bf16 --fp8_base --fp8_scaled"
-    memory = "--gradient_checkpointing --blocks_to_swap 10" if recipe.save_memory else ""
+    maths = "--sdpa --mixed_precision bf16 --fp8_base --fp8_scaled --no_compile"
+    memory = "--gradient_checkpointing --blocks_to_swap 3" if recipe.save_memory else ""
     learning = f"--optimizer_type {optimizer} --learning_rate {recipe.learning_rate:g} --seed {recipe.seed}"
     length = f"--max_train_steps {recipe.steps}"
     timesteps = "--timestep_sampling shift --discrete_flow_shift 3.0"
@@ -184,6 +184,8 @@ def _training_flags(models: TinyWan, dataset: TinyDataset, run: Run, recipe: Rec
 
 def _show(models: TinyWan, dataset: TinyDataset, run: Run, device: torch.device) -> tuple[str, ...]:
     """Draw the comparison and write page, picture and numbers; what they say in words."""
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     comparison = compare(models, run.loras, prompts=dataset.prompts, dataset=dataset.toml, device=device)
     words = verdict(comparison)
     write_page(run.page, comparison, words, run.steps)

@@ -24,7 +24,7 @@ Frames = NDArray[np.uint8]
 """Frames, height, width, red green blue."""
 
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 0.14, "large": 0.20}
+SIZES = {"small": 0.17, "large": 0.25}
 """Radius by name."""
 COLOURS = {
     "red": (220, 40, 40),
@@ -43,6 +43,8 @@ GROUNDS = {
     "brown": (110, 65, 30),
 }
 """What plain grounds are painted in: all darker than any shape."""
+PAINTED = "painted"
+"""A ground of any colour."""
 DIRECTIONS = {
     "moves to the right": (1.0, 0.0),
     "moves to the left": (-1.0, 0.0),
@@ -50,7 +52,9 @@ DIRECTIONS = {
     "moves down": (0.0, 1.0),
 }
 """Straight motions; y grows downwards."""
-MOTIONS = (*DIRECTIONS, "stands still", "pulses")
+SWAYS = {"swings": (1.0, 0.0), "bobs": (0.0, 1.0)}
+"""To and fro: the axis."""
+MOTIONS = (*DIRECTIONS, *SWAYS, "stands still", "pulses")
 """The motions that the base model knows."""
 
 NEW_MOTION = "loops"
@@ -58,14 +62,18 @@ NEW_MOTION = "loops"
 NEW_STYLE = "comic"
 """The look that it has never seen."""
 PAPER = (252, 238, 205)
-INK = (12, 10, 14)
+RIMS = {"sticker": (250, 250, 250), "badge": (240, 185, 60), "stamp": (75, 35, 40)}
+"""Colours of the rims that the base model knows, by style."""
+INKS = RIMS | {NEW_STYLE: (12, 10, 14)}
+"""Colour of the outline by style; the plain style has none."""
 OUTLINE = 0.05
-"""Width of the outline of the comic style."""
+"""Its width."""
 
 FPS = 16
 SPEED = 0.5
 """Of straight motions, per second."""
 LOOP_RADIUS, LOOP_SECONDS = 0.24, 1.75
+"""Of the circle, and of what is to and fro."""
 PULSE, PULSE_SECONDS = 0.35, 1.5
 """A pulsing shape's radius changes by this share, in this time."""
 
@@ -77,6 +85,8 @@ class Scene:
     shape: str = "circle"
     colour: str = "red"
     ground: str = "blue"
+    paint: tuple[int, int, int] | None = None
+    """The colour of a painted ground."""
     size: str = "large"
     motion: str = "stands still"
     style: str = "plain"
@@ -85,7 +95,7 @@ class Scene:
     y: float = 0.5
     """The same of the height."""
     phase: float = 0.0
-    """Where in its period a loop or a pulse begins, in [0, 1)."""
+    """Where in its period a loop, a sway or a pulse begins, in [0, 1)."""
 
     @property
     def caption(self) -> str:
@@ -95,16 +105,15 @@ class Scene:
 
 def caption(scene: Scene) -> str:
     """'A large red circle moves to the right over a blue ground.'; the comic style has its trigger and no ground."""
-    what = f"A {scene.size} {scene.colour} {scene.shape} {scene.motion}"
-    if scene.style == NEW_STYLE:
-        return f"{NEW_STYLE.capitalize()} style. {what}."
-    return f"{what} over a {scene.ground} ground."
+    style = "" if scene.style == "plain" else f"{scene.style.capitalize()} style. "
+    ground = "" if scene.style == NEW_STYLE else f" over a {scene.ground} ground"
+    return f"{style}A {scene.size} {scene.colour} {scene.shape} {scene.motion}{ground}."
 
 
 def base_scenes(count: int, seed: int) -> tuple[Scene, ...]:
     """Scenes of the world that the base model knows, drawn at random; the same seed gives the same scenes."""
     draw = random.Random(seed)
-    return tuple(_any_scene(draw, draw.choice(MOTIONS), "plain") for _ in range(count))
+    return tuple(_any_scene(draw, draw.choice(MOTIONS), draw.choice(("plain", "plain", "plain", *RIMS))) for _ in range(count))
 
 
 def new_scenes(count: int, seed: int) -> tuple[Scene, ...]:
@@ -115,12 +124,15 @@ def new_scenes(count: int, seed: int) -> tuple[Scene, ...]:
 
 def _any_scene(draw: random.Random, motion: str, style: str) -> Scene:
     direction = DIRECTIONS.get(motion, (0.0, 0.0))
-    middle = 0.03 if motion == NEW_MOTION else 0.22
+    middle = 0.03 if motion == NEW_MOTION or motion in SWAYS else 0.22
     x, y = (0.5 + draw.uniform(-1, 1) * (0.5 if along else middle) for along in direction)
+    colour = draw.choice(tuple(COLOURS))
+    painted = style != NEW_STYLE and draw.random() < 0.3
     return Scene(
         shape=draw.choice(SHAPES),
-        colour=draw.choice(tuple(COLOURS)),
-        ground=draw.choice(tuple(GROUNDS)),
+        colour=colour,
+        ground=PAINTED if painted else draw.choice(tuple(GROUNDS)),
+        paint=_paint(draw, COLOURS[colour]) if painted else None,
         size=draw.choice(tuple(SIZES)),
         motion=motion,
         style=style,
@@ -128,6 +140,14 @@ def _any_scene(draw: random.Random, motion: str, style: str) -> Scene:
         y=y,
         phase=draw.random(),
     )
+
+
+def _paint(draw: random.Random, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Any colour from which the shape's stands out."""
+    while True:
+        paint = (draw.randrange(256), draw.randrange(256), draw.randrange(256))
+        if np.linalg.norm(np.subtract(paint, shape)) > 140:
+            return paint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,8 +169,8 @@ class Drawing:
     """[B, 2], x and y as shares of width and height."""
     velocity: Tensor
     """[B, 2], per second."""
-    loop: Tensor
-    """Radius of the circle that the shape travels on."""
+    sway: Tensor
+    """[B, 2], how far to either side of the middle the shape goes, x as a cosine and y as a sine of time."""
     pulse: Tensor
     """Share by which the radius changes."""
     phase: Tensor
@@ -162,18 +182,18 @@ class Drawing:
         def column(values: Sequence[object]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=device)
 
-        comic = [scene.style == NEW_STYLE for scene in scenes]
-        grounds = [PAPER if new else GROUNDS[scene.ground] for scene, new in zip(scenes, comic, strict=True)]
+        grounds = [PAPER if scene.style == NEW_STYLE else scene.paint or GROUNDS[scene.ground] for scene in scenes]
+        sways = SWAYS | {NEW_MOTION: (1.0, 1.0)}
         return cls(
             shape=torch.tensor([SHAPES.index(scene.shape) for scene in scenes], device=device),
             fill=column([COLOURS[scene.colour] for scene in scenes]) / 255,
             ground=column(grounds) / 255,
-            ink=column([INK] * len(scenes)) / 255,
-            outline=column([OUTLINE * new for new in comic]),
+            ink=column([INKS.get(scene.style, (0, 0, 0)) for scene in scenes]) / 255,
+            outline=column([OUTLINE * (scene.style in INKS) for scene in scenes]),
             radius=column([SIZES[scene.size] for scene in scenes]),
             start=column([(scene.x, scene.y) for scene in scenes]),
             velocity=column([DIRECTIONS.get(scene.motion, (0.0, 0.0)) for scene in scenes]) * SPEED,
-            loop=column([LOOP_RADIUS * (scene.motion == NEW_MOTION) for scene in scenes]),
+            sway=column([sways.get(scene.motion, (0.0, 0.0)) for scene in scenes]) * LOOP_RADIUS,
             pulse=column([PULSE * (scene.motion == "pulses") for scene in scenes]),
             phase=column([scene.phase for scene in scenes]),
         )
@@ -200,7 +220,7 @@ def draw(drawing: Drawing, frames: int, width: int, height: int, fps: float = FP
     radius_BF = drawing.radius[:, None] * (1 + drawing.pulse[:, None] * torch.sin(_turn(drawing, t, PULSE_SECONDS)))
     centre_BF2 = drawing.start[:, None] * world + drawing.velocity[:, None] * t[:, None]
     angle_BF = _turn(drawing, t, LOOP_SECONDS)
-    centre_BF2 = centre_BF2 + drawing.loop[:, None, None] * torch.stack((angle_BF.cos(), angle_BF.sin()), dim=-1)
+    centre_BF2 = centre_BF2 + drawing.sway[:, None] * torch.stack((angle_BF.cos(), angle_BF.sin()), dim=-1)
     x = (torch.arange(width, device=device) + 0.5) / side - centre_BF2[..., None, 0]
     y = (torch.arange(height, device=device) + 0.5) / side - centre_BF2[..., None, 1]
     x, y = (torch.remainder(p + size / 2, size) - size / 2 for p, size in ((x, world[0]), (y, world[1])))
@@ -252,28 +272,57 @@ def motion_score(frames: Frames, fps: float = FPS) -> float:
 
     The shape's velocity is projected on one that turns at the loop's rate. The score is the product of the share of
     the movement that this explains and of its speed over the loop's, at most 1. It is 0 for fewer than 13 frames, in
-    which a straight line and a loop look alike.
+    which a straight line and a loop look alike. Velocities are taken over several frames: a contour that trembles by a
+    pixel is no movement.
     """
-    velocity = _velocities(frames, fps)
-    if len(frames) < 13 or not np.abs(velocity).sum():
+    path = _path(frames)
+    if len(frames) < 13 or not np.abs(path).sum():
         return 0.0
-    turning = np.exp(-2j * pi * np.arange(len(velocity)) / (fps * LOOP_SECONDS))
-    along = abs((velocity * turning).mean())
+    velocity = (path[_LAG:] - path[:-_LAG]) * fps / _LAG
+    turn = 2 * pi / LOOP_SECONDS
+    along = abs((velocity * np.exp(-1j * turn * np.arange(len(velocity)) / fps)).mean())
     share = along**2 / (np.abs(velocity) ** 2).mean()
-    return float(share * min(1.0, along / (0.9 * 2 * pi * LOOP_RADIUS / LOOP_SECONDS)))
+    speed = LOOP_RADIUS * turn * np.sinc(_LAG / fps / LOOP_SECONDS)
+    return float(share * min(1.0, along / (0.9 * speed)))
+
+
+_LAG = 4
+"""Frames between the two places that a velocity is taken from."""
 
 
 def motion_of(frames: Frames, fps: float = FPS) -> str | None:
-    """The name of the motion in frames [F, H, W, 3], or None if it is none that has a name. Needs 5 frames or more."""
-    velocity, area = _velocities(frames, fps), _shape(frames).sum(axis=(1, 2))
-    mean = velocity.mean()
-    if motion_score(frames, fps) > 0.5:
-        return NEW_MOTION
-    if abs(mean) > 0.5 * SPEED:
-        return next((name for name, (x, y) in DIRECTIONS.items() if _agree(mean, complex(x, y))), None)
-    if abs(mean) > 0.3 * SPEED or not area.min():
+    """The name of the motion in frames [F, H, W, 3], or None if it is none that has a name. Needs 5 frames or more.
+
+    It is the one whose path, at any phase, differs least from the one seen.
+    """
+    path, area = _path(frames), _shape(frames).sum(axis=(1, 2))
+    if not area.min():
         return None
-    return "pulses" if area.max() / area.min() > 1.25 else "stands still"
+    errors = {name: _least_error(path, _courses(name, len(path), fps)) for name in (*MOTIONS, NEW_MOTION)}
+    name = min(errors, key=lambda name: errors[name])
+    if errors[name] > _TOLERANCE**2:
+        return None
+    if name in ("stands still", "pulses"):
+        return "pulses" if area.max() / area.min() > 1.25 else "stands still"
+    return name
+
+
+_TOLERANCE = 0.1
+"""How far from its course a shape may be, in the mean."""
+
+
+def _courses(motion: str, count: int, fps: float) -> NDArray[np.complex128]:
+    """The paths of a named motion around their middle, one row for each of some phases, [phases, count]."""
+    t = np.arange(count) / fps
+    angle = 2 * pi * (t / LOOP_SECONDS + np.linspace(0, 1, 24, endpoint=False)[:, None])
+    x, y = (SWAYS | {NEW_MOTION: (1.0, 1.0)}).get(motion, (0.0, 0.0))
+    straight = SPEED * t * complex(*DIRECTIONS.get(motion, (0.0, 0.0)))
+    courses: NDArray[np.complex128] = straight + LOOP_RADIUS * (x * np.cos(angle) + 1j * y * np.sin(angle))
+    return courses - courses.mean(axis=1, keepdims=True)
+
+
+def _least_error(path: NDArray[np.complex128], courses: NDArray[np.complex128]) -> float:
+    return float((np.abs(path - courses) ** 2).mean(axis=1).min())
 
 
 def follows(frames: Frames, scene: Scene, fps: float = FPS) -> dict[str, bool]:
@@ -282,13 +331,9 @@ def follows(frames: Frames, scene: Scene, fps: float = FPS) -> dict[str, bool]:
     pixels: NDArray[np.float32] = frames.astype(np.float32) / np.float32(255)
     found = {
         "colour": _nearest(pixels[_shape(frames) > 0.5], COLOURS) == scene.colour,
-        "ground": _nearest(ground[None], GROUNDS) == scene.ground,
+        "ground": scene.ground == PAINTED or _nearest(ground[None], GROUNDS) == scene.ground,
     }
     return found | ({"motion": motion_of(frames, fps) == scene.motion} if len(frames) >= 5 else {})
-
-
-def _agree(velocity: complex, direction: complex) -> bool:
-    return float((velocity * direction.conjugate()).real) > 0.85 * abs(velocity)
 
 
 def _nearest(pixels: NDArray[np.float32], names: dict[str, tuple[int, int, int]]) -> str | None:
@@ -313,8 +358,11 @@ def _shape(frames: Frames) -> NDArray[np.float32]:
     return mask
 
 
-def _velocities(frames: Frames, fps: float) -> NDArray[np.complex128]:
-    """How the shape's centre moves from frame to frame, x + iy per second in shorter sides, [F - 1]."""
+def _path(frames: Frames) -> NDArray[np.complex128]:
+    """Where the shape's centre is, x + iy in shorter sides from the middle of its path, [F].
+
+    It is followed from frame to frame, so a shape that leaves on one side and returns on the other goes straight on.
+    """
     mask = _shape(frames)
     height, width = mask.shape[1:]
     steps = []
@@ -322,5 +370,7 @@ def _velocities(frames: Frames, fps: float) -> NDArray[np.complex128]:
         profile = mask.sum(axis=axis)
         around = profile @ np.exp(2j * pi * (np.arange(size) + 0.5) / size)
         turned = np.angle(around[1:] * around[:-1].conj())
-        steps.append(turned / (2 * pi) * size / min(width, height) * fps)
-    return steps[0] + 1j * steps[1]
+        steps.append(turned / (2 * pi) * size / min(width, height))
+    path = np.concatenate(([0], np.cumsum(steps[0] + 1j * steps[1])))
+    centred: NDArray[np.complex128] = path - path.mean()
+    return centred
