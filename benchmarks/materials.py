@@ -18,7 +18,8 @@ import toml
 import torch
 from torch import Tensor
 
-from wanlora.data.cache_files import LatentName, LatentStamp, text_name, write_latents, write_text
+from wanlora.data.cache_files import LatentName, LatentStamp, text_name
+from wanlora.data.cache_tensors import write_latents, write_text
 from wanlora.data.windows import Window
 from wanlora.foundation.files import Fingerprint
 from wanlora.foundation.files import write_text as write_text_file

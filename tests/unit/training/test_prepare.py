@@ -7,7 +7,7 @@ import torch
 
 from tests.runs import TrainingFolder
 from tests.unit.training.conftest import Checked
-from wanlora.data.cache_files import write_text
+from wanlora.data.cache_tensors import write_text
 from wanlora.foundation.errors import ConfigError
 from wanlora.foundation.files import write_json
 from wanlora.training.position import Position
