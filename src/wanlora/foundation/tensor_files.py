@@ -2,12 +2,13 @@
 
 `open_tensors` hides how a checkpoint is stored: one safetensors file, a set of shards, or an official `.pth`. Names,
 shapes and dtypes are known from headers; a tensor is read when it is asked for, so a model is never in memory twice.
-Files are mapped, not read, where the format allows it.
+Single tensors are looked at through a map of the file; `read_all` reads many of them ahead, in the order of the file.
 """
 
+import json
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +22,9 @@ from wanlora.foundation.dtypes import SAFETENSORS_DTYPES
 from wanlora.foundation.errors import CheckpointError
 from wanlora.foundation.files import atomic_path
 from wanlora.foundation.headers import broken_pickle, locate, read_header, unreadable, unwrap
+from wanlora.foundation.reading import Wanted, read_ahead
+
+_FORMATS = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 class TensorSource(ABC):
@@ -41,6 +45,14 @@ class TensorSource(ABC):
     @abstractmethod
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU."""
+
+    def read_all(self, names: Iterable[str], place: Callable[[str], torch.device]) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor where `place` says for its name, with the name, in an order that suits the file.
+
+        A tensor may be a window into the file: copy what is to stay.
+        """
+        for name in names:
+            yield name, self.read(name).to(place(name))
 
     @abstractmethod
     def close(self) -> None:
@@ -85,6 +97,22 @@ class SafetensorsSource(TensorSource):
     def read(self, name: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
+
+    def wanted(self, name: str, device: torch.device) -> Wanted:
+        """Where a tensor lies and where it shall be."""
+        entry = self.header.tensors[name]
+        return Wanted(
+            name=name,
+            path=self.path,
+            start=entry.start,
+            num_bytes=entry.num_bytes,
+            shape=entry.shape,
+            dtype=self.dtype(name),
+            device=device,
+        )
+
+    def read_all(self, names: Iterable[str], place: Callable[[str], torch.device]) -> Iterator[tuple[str, Tensor]]:
+        return _read_in_order(self.wanted(name, place(name)) for name in names)
 
     def close(self) -> None:
         self._file = None
@@ -132,6 +160,9 @@ class ShardedSource(TensorSource):
     def read(self, name: str) -> Tensor:
         return self._owner[name].read(name)
 
+    def read_all(self, names: Iterable[str], place: Callable[[str], torch.device]) -> Iterator[tuple[str, Tensor]]:
+        return _read_in_order(self._owner[name].wanted(name, place(name)) for name in names)
+
     def close(self) -> None:
         for source in self._sources:
             source.close()
@@ -157,6 +188,25 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
         except SafetensorError as error:  # the library wraps the system's own error
             raise OSError(str(error)) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """As `save_tensors`, with one tensor at a time in main memory. Raises `OSError` if the disk is full."""
+    content: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        content[name] = {"dtype": _FORMATS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(content).encode()
+    header += b" " * (-len(header) % 8)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _read_in_order(tensors: Iterable[Wanted]) -> Iterator[tuple[str, Tensor]]:
+    return read_ahead(sorted(tensors, key=lambda wanted: (wanted.path, wanted.start)))
 
 
 def _load_pickle(path: Path) -> Any:

@@ -78,7 +78,7 @@ class Fp8Installer:
                 self.report.excluded.append(name)
             install_parameter(model, name, tensor.to(self.place(name)), scale)
             return
-        weight, scale = self._convert(name, tensor.to(self.device), scale)
+        weight, scale = self._convert(name, tensor if tensor.dtype in _FP8 else tensor.to(self.device), scale)
         resting = self.place(name)
         linear = Fp8Linear(weight.to(resting), scale.to(resting), compute_dtype=self.dtype)
         linear.bias = owner.bias  # loaded already, or still without memory and loaded later
@@ -88,7 +88,7 @@ class Fp8Installer:
         """The weight in fp8 and its scale [out or 1, blocks, 1]."""
         if tensor.dtype in _FP8:
             self.report.ready_made.append(name)
-            given = self._one() if scale is None else scale.to(self.device)
+            given = self._one() if scale is None else scale.to(tensor.device)
             return tensor.clone(), as_block_scale(given, (tensor.shape[0], tensor.shape[1]), name)
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise CheckpointError(f"{name} holds values that are not finite numbers; fetch the file again")

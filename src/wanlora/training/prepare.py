@@ -257,7 +257,12 @@ def _check_output(config: TrainConfig, problems: Problems) -> None:
     """The folders can be written to; what a run of this name left there is announced."""
     saving = config.saving
     assert saving.output_dir is not None and saving.output_name is not None
-    for flag, folder in (("--output_dir", saving.output_dir), ("--logging_dir", config.logging.logging_dir)):
+    folders = {
+        "--output_dir": saving.output_dir,
+        "--logging_dir": config.logging.logging_dir,
+        "--quantized_cache": config.memory.quantized_cache,
+    }
+    for flag, folder in folders.items():
         if folder is not None:
             with problems.collect():
                 _require_writable(flag, folder)
