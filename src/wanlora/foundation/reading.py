@@ -54,7 +54,7 @@ class _Arriving:
     def tensor(self) -> Tensor:
         """The tensor, for the stream that asks."""
         for event in self.copied:
-            event.wait()
+            event.wait(torch.cuda.current_stream(self.wanted.device))
         return self.flat.view(self.wanted.dtype).view(self.wanted.shape)
 
 
