@@ -68,8 +68,8 @@ class Fp8Installer:
     """The `install` hook of `load_transformer` for fp8 weights.
 
     Weights are quantised where the loader puts them (`device`) and rest where `place` says for their name (default:
-    `device`). `dtype` is the compute dtype. Mode "plain" casts without scales; "rows" makes layers that also multiply in
-    fp8 (`FastFp8Linear`), emulated where `device` is no card. After loading, `report` has the counts and `summary()`
+    `device`). `dtype` is the compute dtype. Mode "plain" casts without scales; "rows" makes layers that also multiply
+    in fp8 (`FastFp8Linear`), emulated where `device` is no card. After loading, `report` has the counts and `summary()`
     the lines for the log. Raises `CheckpointError` for scales that do not fit and for values that are not finite.
     """
 
@@ -131,7 +131,8 @@ class Fp8Installer:
         """A weight that is fp8 in the file, with scales [out or 1, blocks, 1]: as it is wherever that will do."""
         if self.mode == "rows" and (scale.shape[1] > 1 or tensor.dtype is not torch.float8_e4m3fn):
             self.report.rounded_anew.append(name)
-            return quantize_blockwise(dequantize(tensor, scale, torch.float32), tensor.shape[1])
+            wide = dequantize(tensor.to(self.device), scale.to(self.device), torch.float32)
+            return quantize_blockwise(wide, tensor.shape[1])
         self.report.ready_made.append(name)
         if self.mode == "rows":
             scale = scale.expand(tensor.shape[0], 1, 1).contiguous()
@@ -174,12 +175,12 @@ class Fp8Installer:
             lines.append(f"fp8: {len(report.ready_made)} weights are in fp8 in the file and kept as they are")
         if report.rounded_anew:
             lines.append(
-                f"fp8: {len(report.rounded_anew)} weights are in fp8 in the file, with scales that fp8 maths cannot use, "
-                "and were rounded anew to a scale per output; the bf16 file of the model would be more exact"
+                f"fp8: {len(report.rounded_anew)} weights are in fp8 in the file, with scales that fp8 maths cannot "
+                "use, and were rounded anew to a scale per output; the bf16 file of the model would be more exact"
             )
         if report.wide_maths:
             lines.append(
-                f"fp8: {len(report.wide_maths)} weights have a side that {MULTIPLE} does not divide; their maths are not "
-                "in fp8"
+                f"fp8: {len(report.wide_maths)} weights have a side that {MULTIPLE} does not divide; their maths are "
+                "not in fp8"
             )
         return lines

@@ -68,7 +68,7 @@ class Difference:
 def compare_maths(
     loss: Callable[[], Tensor], parameters: Sequence[Tensor], layers: Mapping[str, FastFp8Linear]
 ) -> Difference:
-    """Loss and gradient with fp8 maths and without. `loss` must give the same number each time; no `.grad` is touched."""
+    """Loss and gradient with fp8 maths and without. `loss` must repeat itself; no `.grad` is touched."""
     with wide_maths(layers.values()):
         exact_loss, exact = _gradient(loss, parameters)
     fast_loss, fast = _gradient(loss, parameters)

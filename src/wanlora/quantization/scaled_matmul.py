@@ -51,8 +51,8 @@ def scaled_matmul(
 ) -> Tensor:
     """(scale_L1 a) (scale_N b)^T + bias, [L, N] in `dtype`.
 
-    `a_LK` and `b_NK` are e4m3, both with contiguous rows, because the units of a card read along K only; scales float32.
-    K and N are multiples of 16. `rows` and `tensor` round to bfloat16 on their way to `dtype`.
+    `a_LK` and `b_NK` are e4m3, both with contiguous rows, because the units of a card read along K only; scales are
+    float32. K and N are multiples of 16. `rows` and `tensor` round to bfloat16 on their way to `dtype`.
     """
     if kernel == "emulated":
         sums = (a_LK.float() @ b_NK.float().t()) * scale_L1 * scale_N

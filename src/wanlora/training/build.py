@@ -15,7 +15,7 @@ from torch import Tensor
 from wanlora.config.train import MemoryConfig, NetworkConfig, TrainConfig
 from wanlora.foundation.dtypes import dtype_name
 from wanlora.foundation.errors import CheckpointError
-from wanlora.foundation.log import log, say_once
+from wanlora.foundation.log import log, say_once, warn_once
 from wanlora.foundation.random import Streams
 from wanlora.lora.files import read_lora
 from wanlora.lora.merge import MergedLoRAs
@@ -27,8 +27,9 @@ from wanlora.memory.placement import RestingPlace, streamed_indexes
 from wanlora.memory.streaming import BlockStream
 from wanlora.models.wan.checkpoint import load_transformer
 from wanlora.models.wan.transformer import WanTransformer
-from wanlora.quantization.installer import Fp8Installer
+from wanlora.quantization.installer import Fp8Installer, Mode
 from wanlora.quantization.kept import KeptCopy
+from wanlora.quantization.scaled_matmul import missing_fp8_maths
 from wanlora.training.engine import compute_dtype
 from wanlora.training.prepare import Prepared
 
@@ -90,6 +91,17 @@ def wants_compile(config: MemoryConfig, device: torch.device) -> bool:
     return True
 
 
+def fp8_weights(config: MemoryConfig, device: torch.device) -> Mode | None:
+    """How the weights of the blocks are kept in fp8: as fp8 maths want them if they are asked for and possible."""
+    if not config.fp8_fast:
+        return config.fp8_mode
+    missing = missing_fp8_maths(device)
+    if missing is None:
+        return "rows"
+    warn_once(f"--fp8_fast: {missing}; weights are kept in fp8 and multiplied in the model's own number format")
+    return config.fp8_mode
+
+
 def _load(
     config: TrainConfig, prepared: Prepared, device: torch.device, dtype: torch.dtype, streamed: int, quiet: bool
 ) -> WanTransformer:
@@ -103,8 +115,8 @@ def _load(
         progress=not quiet,
     )
     place = RestingPlace(device, streamed_indexes(prepared.transformer.sizes.num_layers, streamed))
-    mode = config.memory.fp8_mode
-    kept = _kept_copy(config, prepared, dtype)
+    mode = fp8_weights(config.memory, device)
+    kept = _kept_copy(config, prepared, mode, dtype)
     model = _read_kept(kept, read, place, Fp8Installer(device, dtype, mode, place=place)) if kept and mode else None
     if model is None:
         fp8 = Fp8Installer(device, dtype, mode, place=place) if mode else None
@@ -118,9 +130,9 @@ def _load(
     return model
 
 
-def _kept_copy(config: TrainConfig, prepared: Prepared, dtype: torch.dtype) -> KeptCopy | None:
+def _kept_copy(config: TrainConfig, prepared: Prepared, mode: Mode | None, dtype: torch.dtype) -> KeptCopy | None:
     """Where the quantised weights are kept, if they are."""
-    folder, mode, dit = config.memory.quantized_cache, config.memory.fp8_mode, config.model.dit
+    folder, dit = config.memory.quantized_cache, config.model.dit
     if folder is None or mode is None:
         return None
     if prepared.transformer.dtypes[0].itemsize == 1:
