@@ -18,7 +18,8 @@ import toml
 import torch
 from torch import Tensor
 
-from wanlora.data.cache_files import LatentName, LatentStamp, text_name, write_latents, write_text
+from wanlora.data.cache_files import LatentName, LatentStamp, text_name
+from wanlora.data.cache_tensors import write_latents, write_text
 from wanlora.data.windows import Window
 from wanlora.foundation.files import Fingerprint
 from wanlora.foundation.files import write_text as write_text_file
@@ -141,7 +142,7 @@ def write_checkpoint(path: Path, sizes: WanSizes) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
             flat = buffer[: math.prod(shape)]
-            flat.copy_(_draw(name, shape, generator).flatten())
+            flat.copy_(draw_tensor(name, shape, generator).flatten())
             file.write(flat.view(torch.uint8).numpy().data)
     temporary.replace(path)
 
@@ -152,7 +153,7 @@ def _shapes(sizes: WanSizes) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def draw_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Gains are one, biases zero, modulations and matrices small."""
     if name.endswith("bias"):
         return torch.zeros(shape, dtype=torch.bfloat16, device=generator.device)

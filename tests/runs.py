@@ -12,7 +12,7 @@ import torch
 from tests.tiny import SCENES, TinyWan
 from wanlora.cli.train_network import main
 from wanlora.config.dataset import read_datasets
-from wanlora.data.cache_files import write_latents, write_text
+from wanlora.data.cache_tensors import write_latents, write_text
 from wanlora.data.plan import plan_datasets
 from wanlora.foundation.files import fingerprint
 from wanlora.foundation.files import write_text as write_plain_text

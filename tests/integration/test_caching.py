@@ -1,8 +1,13 @@
 """Caching from end to end, on real clips and pictures, with a tiny VAE and text encoder."""
 
 import dataclasses
+import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import SCENES, TinyWan
-from wanlora.caching import latents as latents_module
-from wanlora.caching import text as text_module
 from wanlora.caching.encoding import LatentEncoder, to_pixels
 from wanlora.caching.latents import cache_latents
 from wanlora.caching.text import cache_text
 from wanlora.caching.work import Summary
 from wanlora.cli.cache_latents import main as latents_main
 from wanlora.config.caching import LatentCacheConfig, TextCacheConfig
-from wanlora.data import index as index_module
 from wanlora.data.decoding import decoded
 from wanlora.data.resize import Clip, resize_to_cover
 from wanlora.foundation.errors import ConfigError, DataError, MemoryPlanError
@@ -199,19 +201,31 @@ def test_text_is_the_encoders_output_at_its_real_length(cached: Folder) -> None:
     assert torch.equal(stored["varlen_t5_bfloat16"], encoder.encode(["a short clip"])[0])
 
 
-def test_a_rerun_opens_no_video_and_loads_no_model(cached: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a rerun must not do this")
+_WATCHED = """
+import json, sys
+opened = []
+sys.addaudithook(lambda event, about: opened.append(str(about[0])) if event == "open" else None)
+from wanlora.cli.{script} import main
+code = main(sys.argv[1:])
+print(json.dumps({{"code": code, "modules": list(sys.modules), "opened": opened}}))
+"""
 
-    monkeypatch.setattr(latents_module, "load_vae", refuse)
-    monkeypatch.setattr(text_module, "load_umt5", refuse)
-    monkeypatch.setattr(index_module, "probe_video", refuse)
-    monkeypatch.setattr(index_module, "image_size", refuse)
-    before, passes = cached.state(), decoded.passes
-    assert cached.cache_latents().written == 0
-    assert cached.cache_text().written == 0
+
+@pytest.mark.parametrize("script", ["cache_latents", "cache_text_encoder_outputs"])
+def test_a_rerun_imports_no_torch_and_no_decoder_and_opens_no_source(cached: Folder, script: str) -> None:
+    before = cached.state()
+    model = ["--vae", str(cached.models.vae)] if script == "cache_latents" else ["--t5", str(cached.models.t5)]
+    command = [sys.executable, "-c", _WATCHED.format(script=script), "--dataset_config", str(cached.toml), *model]
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    report = json.loads(subprocess.run(command, capture_output=True, check=True, env=here).stdout)
+    assert report["code"] == 0
+    assert not {"torch", "av", "cv2", "PIL", "safetensors"} & set(report["modules"])
+    watched = [path.removeprefix(f"{cached.root}/") for path in report["opened"] if path.startswith(str(cached.root))]
+    opened = Counter(name for name in watched if name.endswith((".mp4", ".png", ".safetensors")))
+    asked = LATENTS if script == "cache_latents" else TEXTS
+    firsts = [min(name for name in LATENTS if name.startswith(f"cache_{number}")) for number in range(3)]
+    assert opened == Counter(asked) + Counter(firsts)  # each once, and a latent of each folder for a remark about it
     assert not cached.changed(before)
-    assert decoded.passes == passes
 
 
 def test_each_clip_is_decoded_once_for_all_windows_and_sizes(folder: Folder) -> None:

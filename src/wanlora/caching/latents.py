@@ -4,32 +4,14 @@ First everything is read and checked, then said, then done: no model is loaded f
 a former run has measured. Each source is decoded once for all its windows, sizes and dataset files.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import torch
-from tqdm import tqdm
-
-from wanlora.caching.ahead import Failed, read_ahead
-from wanlora.caching.encoding import LatentEncoder
-from wanlora.caching.preview import show
 from wanlora.caching.requests import Request, read_requests, report
-from wanlora.caching.start import check_flags, check_model, decoding_threads, identity, place
-from wanlora.caching.work import Summary, Task, Work, lay_out, writing
+from wanlora.caching.start import check_flags, check_model, identity
+from wanlora.caching.work import Summary, lay_out
 from wanlora.config.caching import LatentCacheConfig
-from wanlora.data.cache_files import latent_is_fresh, source_fingerprint, write_latents
+from wanlora.data.cache_files import latent_is_fresh
 from wanlora.data.items import Item
-from wanlora.data.media import read_items
-from wanlora.data.resize import Clip
-from wanlora.foundation.devices import find_device
-from wanlora.foundation.dtypes import dtype_name, parse_dtype
 from wanlora.foundation.errors import Problems
-from wanlora.foundation.files import Fingerprint
 from wanlora.foundation.log import log
-from wanlora.models.wan.vae import load_vae
 
 
 def cache_latents(config: LatentCacheConfig) -> Summary:
@@ -44,6 +26,8 @@ def cache_latents(config: LatentCacheConfig) -> Summary:
     requests = read_requests(config.dataset_config, problems, write_index=not config.dry_run)
     report(requests)
     if config.debug_mode is not None:
+        from wanlora.caching.preview import show  # brings the decoders, which a rerun does without
+
         show(_items(requests), config.debug_mode, width=config.console_width, limit=config.console_num_images)
         return Summary.of(requests)
     vae = identity(config.vae)
@@ -57,125 +41,21 @@ def cache_latents(config: LatentCacheConfig) -> Summary:
     if config.dry_run:
         log.info("dry run: nothing is written")
     elif work.to_do:
-        _encode(config, requests, work, vae or "")
+        from wanlora.caching.encode_latents import encode_latents  # brings torch, which a rerun does without
+
+        encode_latents(config, requests, work, vae or "")
     work.summary.finish()
     return work.summary
-
-
-def _maths(config: LatentCacheConfig) -> torch.dtype:
-    """What the VAE computes in: float32 unless the user says otherwise."""
-    return torch.float32 if config.vae_dtype is None else parse_dtype(config.vae_dtype)
-
-
-def _storage(config: LatentCacheConfig) -> torch.dtype:
-    """What latents are stored in: bfloat16 unless the user says otherwise."""
-    return torch.bfloat16 if config.vae_dtype is None else _maths(config)
 
 
 def _difference(item: Item, config: LatentCacheConfig, vae: str | None) -> str | None:
     """Why the cache of `item` has to be made. Without --vae_dtype any stored format will do."""
     stamp = item.stamp(
         vae=vae,
-        vae_dtype=dtype_name(_maths(config)),
-        dtype=None if config.vae_dtype is None else dtype_name(_storage(config)),
+        vae_dtype=config.maths,
+        dtype=None if config.vae_dtype is None else config.storage,
     )
     return latent_is_fresh(item.latent_path, stamp, item.source.path)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Source:
-    """Everything that is wanted of one file."""
-
-    path: Path
-    tasks: tuple[Task, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Sample:
-    """Pixels that wait to be encoded."""
-
-    task: Task
-    clip: Clip
-    source: Fingerprint
-
-
-def _encode(config: LatentCacheConfig, requests: tuple[Request, ...], work: Work, vae: str) -> None:
-    assert config.vae is not None
-    device = find_device(config.device)
-    maths, storage = dtype_name(_maths(config)), dtype_name(_storage(config))
-    log.info(f"the VAE computes in {maths} on {place(device)}; latents are stored in {storage}")
-    model = load_vae(config.vae, device=device, dtype=_maths(config), cache_on_cpu=config.vae_cache_cpu)
-    encoder = LatentEncoder(model, storage=_storage(config), cudnn=not config.disable_cudnn_backend)
-    threads = decoding_threads(config.num_workers)
-    try:
-        with (
-            tqdm(total=len(work.to_do), unit="sample", desc="latents", dynamic_ncols=True) as bar,
-            closing(read_ahead(_by_source(work.to_do), _read, workers=threads)) as results,
-        ):
-            for batch in _batches(_readable(results, work.summary, bar), config.batch_size, requests):
-                latents = encoder.encode([sample.clip for sample in batch])
-                for sample, latents_CFHW in zip(batch, latents, strict=True):
-                    _write(sample, latents_CFHW, vae, encoder, work.summary)
-                bar.update(len(batch))
-    except KeyboardInterrupt:
-        log.info(f"stopped: {work.summary.written} of {len(work.to_do)} are written and whole; run again to go on")
-        raise
-
-
-def _by_source(tasks: Iterable[Task]) -> list[_Source]:
-    grouped: dict[Path, list[Task]] = {}
-    for task in tasks:
-        grouped.setdefault(task.item.source.path.resolve(), []).append(task)
-    return [_Source(path=path, tasks=tuple(group)) for path, group in grouped.items()]
-
-
-def _read(source: _Source) -> Iterator[_Sample]:
-    """The pixels of all tasks of a source, in one pass."""
-    print_of_source = source_fingerprint(source.path)
-    tasks = {task.item.latent_path: task for task in source.tasks}
-    for item, clip in read_items([task.item for task in source.tasks]):
-        yield _Sample(task=tasks[item.latent_path], clip=clip, source=print_of_source)
-
-
-def _readable(results: Iterable[_Sample | Failed[_Source]], summary: Summary, bar: "tqdm[Any]") -> Iterator[_Sample]:
-    """The samples; what cannot be read is named at once and counted."""
-    received: set[Path] = set()
-    for result in results:
-        if isinstance(result, _Sample):
-            received.add(result.task.path)
-            yield result
-            continue
-        lost = [task for task in result.job.tasks if task.path not in received]
-        log.error(str(result.error))
-        summary.failed(lost, str(result.error))
-        bar.update(len(lost))
-
-
-def _batches(
-    samples: Iterable[_Sample], batch_size: int | None, requests: tuple[Request, ...]
-) -> Iterator[list[_Sample]]:
-    """Samples of one shape, up to `batch_size` of them or as many as their dataset trains at once."""
-    waiting: dict[tuple[object, int], list[_Sample]] = {}
-    for sample in samples:
-        limit = batch_size or _dataset_batch_size(sample.task, requests)
-        batch = waiting.setdefault((sample.task.item.pixels, limit), [])
-        batch.append(sample)
-        if len(batch) == limit:
-            yield waiting.pop((sample.task.item.pixels, limit))
-    yield from waiting.values()
-
-
-def _dataset_batch_size(task: Task, requests: tuple[Request, ...]) -> int:
-    plan = requests[task.requests[0]].plan
-    assert plan is not None
-    return plan.tables[task.item.dataset].config.batch_size
-
-
-def _write(sample: _Sample, latents_CFHW: torch.Tensor, vae: str, encoder: LatentEncoder, summary: Summary) -> None:
-    item = sample.task.item
-    stamp = item.stamp(vae=vae, vae_dtype=dtype_name(encoder.maths), dtype=dtype_name(latents_CFHW.dtype))
-    with writing(sample.task, summary):
-        write_latents(item.latent_path, latents_CFHW, stamp, sample.source)
 
 
 def _items(requests: tuple[Request, ...]) -> list[Item]:

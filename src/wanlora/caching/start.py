@@ -3,12 +3,9 @@
 import os
 from pathlib import Path
 
-import torch
-
 from wanlora.config.caching import CacheConfig
 from wanlora.config.checks import check_paths
 from wanlora.data.cache_files import source_fingerprint
-from wanlora.foundation.devices import find_device
 from wanlora.foundation.errors import Problems
 from wanlora.foundation.log import say_once
 from wanlora.models.wan.recognise import require_kind
@@ -21,8 +18,11 @@ def check_flags(config: CacheConfig, problems: Problems) -> None:
     """Collect what is wrong with files and device, and answer the flags that change nothing."""
     with problems.collect():
         check_paths(config)
-    with problems.collect():
-        find_device(config.device)
+    if config.device not in (None, "cpu"):
+        from wanlora.foundation.devices import find_device  # brings torch, which a rerun does without
+
+        with problems.collect():
+            find_device(config.device)
     if config.skip_existing:
         say_once("--skip_existing changes nothing: files that still fit are always kept, and only those")
     if config.keep_cache:
@@ -34,13 +34,6 @@ def check_model(path: Path | None, flag: str, problems: Problems) -> None:
     if path is not None and path.exists():
         with problems.collect():
             require_kind(path, flag)
-
-
-def place(device: torch.device) -> str:
-    """The device in words: `cuda:0 (NVIDIA GeForce RTX 3090)`."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device}" if torch.cuda.is_available() else f"{device} (no CUDA device is found)"
 
 
 def identity(path: Path | None) -> str | None:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from wanlora.config.fields import Checked
 from wanlora.config.kinds import Count, CountOrZero, DtypeName, ExistingPath
+from wanlora.foundation.dtype_names import full_dtype_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +48,16 @@ class LatentCacheConfig(CacheConfig):
     """Characters per line with --debug_mode console."""
     console_num_images: Count | None = None
     """How many items --debug_mode shows. Default: all."""
+
+    @property
+    def maths(self) -> str:
+        """The format that the VAE computes in: float32 unless the user says otherwise."""
+        return full_dtype_name(self.vae_dtype or "float32")
+
+    @property
+    def storage(self) -> str:
+        """The format that latents are stored in: bfloat16 unless the user says otherwise."""
+        return full_dtype_name(self.vae_dtype or "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

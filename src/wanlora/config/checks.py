@@ -234,6 +234,10 @@ def _memory(config: TrainConfig, given: Given, problems: Problems) -> None:
     memory = config.memory
     if memory.fp8_scaled and not memory.fp8_base:
         say_once("--fp8_scaled implies --fp8_base")
+    if memory.fp8_mode is None:
+        _without_effect(given, ("quantized_cache",), "without --fp8_base or --fp8_scaled: only fp8 weights are kept")
+    if memory.fp8_fast and memory.fp8_mode is None:
+        problems.add("--fp8_fast multiplies weights that are in fp8: add --fp8_scaled")
     if not memory.blocks_to_swap:
         names = ("use_pinned_memory_for_block_swap", "block_swap_h2d_only", "block_swap_ring_size")
         _without_effect(given, names, "without --blocks_to_swap")

@@ -77,7 +77,7 @@ ANSWERED_FLAGS: dict[str, Answer] = {
         "every sample has one timestep, so it is embedded once per sample for all models", refused=False, is_switch=True
     ),
     "guidance_scale": Answer("Wan has no embedded guidance; CFG of previews is --l in the prompt file", refused=False),
-    "disable_numpy_memmap": Answer("files are read tensor by tensor without numpy", refused=False, is_switch=True),
+    "disable_numpy_memmap": Answer("files are read in large pieces, not mapped", refused=False, is_switch=True),
     "img_in_txt_in_offloading": Answer("Wan's input layers are small and stay put", refused=False, is_switch=True),
     "dynamo_backend": Answer(_DYNAMO, refused=False),
     "dynamo_mode": Answer(_DYNAMO, refused=False),

@@ -258,6 +258,10 @@ class MemoryConfig(Checked):
     """Keep the model's weights in fp8; with --fp8_scaled in blocks with a scale each, which is far more precise."""
     fp8_scaled: bool = False
     """fp8 weights with a scale per block of 64; implies --fp8_base."""
+    quantized_cache: Path | None = None
+    """Folder in which the fp8 weights are kept, about half the size of the model: the next start reads those."""
+    fp8_fast: bool = False
+    """Multiply in fp8 as well, on cards that can; with --fp8_scaled. Its error is measured on the data and printed."""
     blocks_to_swap: CountOrZero | None = None
     """How many transformer blocks' memory is freed: they stay in system memory and are copied when they are due."""
     use_pinned_memory_for_block_swap: bool = False

@@ -6,24 +6,21 @@ Text:     `<stem>_wan_te.safetensors`, one per source and shared by its windows,
 
 Existence is the usual test of freshness, which trains stale latents after every change of resolution. Ours record the
 source, the window, the resampling and the VAE; `latent_is_fresh` compares. Files without that record are believed when
-their name and shape fit.
+their name and shape fit. Comparing takes headers alone; `cache_tensors` reads and writes the numbers.
 """
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from wanlora.data.buckets import Size
 from wanlora.data.windows import Window
-from wanlora.foundation.dtypes import dtype_name
 from wanlora.foundation.errors import CheckpointError, DataError
 from wanlora.foundation.files import Fingerprint, fingerprint
+from wanlora.foundation.headers import Header, read_header
 from wanlora.foundation.shapes import LatentShape, PixelShape
-from wanlora.foundation.tensor_files import TensorSource, open_tensors, save_tensors
 
 ARCHITECTURE = "wan"
 FORMAT_VERSION = "1.0.1"
@@ -31,7 +28,8 @@ LATENT_SUFFIX = "_wan.safetensors"
 TEXT_SUFFIX = "_wan_te.safetensors"
 _LATENTS = re.compile(r"latents_(?P<frames>\d+)x(?P<height>\d+)x(?P<width>\d+)_(?P<dtype>[a-z0-9_]+)")
 _NAME = re.compile(r"(?P<stem>.*?)(_(?P<start>\d{5,})-(?P<frames>\d{3,}))?_(?P<width>\d{4,})x(?P<height>\d{4,})")
-_OURS = "wanlora_"
+OURS = "wanlora_"
+"""Begins the names of what only our files record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,63 +90,11 @@ class LatentStamp:
         """Our metadata; the caller has given every field."""
         window = f"{self.window.start}+{self.window.frames}" if self.window else ""
         return {
-            f"{_OURS}window": window,
-            f"{_OURS}resampling": self.resampling or "",
-            f"{_OURS}vae": self.vae or "",
-            f"{_OURS}vae_dtype": self.vae_dtype or "",
+            f"{OURS}window": window,
+            f"{OURS}resampling": self.resampling or "",
+            f"{OURS}vae": self.vae or "",
+            f"{OURS}vae_dtype": self.vae_dtype or "",
         }
-
-
-def write_latents(path: Path, latents_CFHW: Tensor, stamp: LatentStamp, source: Fingerprint) -> None:
-    """Write a latent cache, whole or not at all.
-
-    `stamp` gives vae and vae_dtype; the tensor's own dtype is the stored one. Raises `DataError` for latents that are
-    not finite or not of the stamped shape.
-    """
-    frames, height, width = latents_CFHW.shape[1:]
-    if LatentShape(frames, height, width) != stamp.latents:
-        raise DataError(f"{path}: latents of {frames}x{height}x{width} do not fit {stamp.pixels}")
-    if not torch.isfinite(latents_CFHW).all():
-        raise DataError(f"{path}: the VAE gave values that are not finite; use --vae_dtype float32")
-    recorded = (stamp.pixels.width, stamp.pixels.height) if stamp.window else stamp.original
-    metadata = {
-        "architecture": ARCHITECTURE,
-        "format_version": FORMAT_VERSION,
-        "width": str(recorded[0]),
-        "height": str(recorded[1]),
-        **({"frame_count": str(stamp.window.frames)} if stamp.window else {}),
-        **stamp.record(),
-        **_record_source(source),
-    }
-    key = f"latents_{frames}x{height}x{width}_{dtype_name(latents_CFHW.dtype)}"
-    save_tensors(path, {key: latents_CFHW}, metadata)
-
-
-def read_latents(path: Path) -> Tensor:
-    """The latents, C x F x H x W in their stored format. Raises `DataError` naming the file."""
-    with _opened(path) as file:
-        latents: Tensor = file.read(_latents_key(file))
-    return _finite(path, latents)
-
-
-def write_text(path: Path, text_TD: Tensor, *, caption: str, t5: str) -> None:
-    """Write a text cache, whole or not at all: the T real tokens of `caption` as encoded by the encoder named `t5`."""
-    if not torch.isfinite(text_TD).all():
-        raise DataError(f"{path}: the text encoder gave values that are not finite; run without --fp8_t5")
-    metadata = {
-        "architecture": ARCHITECTURE,
-        "format_version": FORMAT_VERSION,
-        "caption1": caption,
-        f"{_OURS}t5": t5,
-    }
-    save_tensors(path, {f"varlen_t5_{dtype_name(text_TD.dtype)}": text_TD}, metadata)
-
-
-def read_text(path: Path) -> Tensor:
-    """The text, T x D in its stored format. Raises `DataError` naming the file."""
-    with _opened(path) as file:
-        text: Tensor = file.read(_text_key(file))
-    return _finite(path, text)
 
 
 def latent_is_fresh(
@@ -161,8 +107,8 @@ def latent_is_fresh(
     if not path.is_file():
         return "is missing"
     try:
-        with _opened(path) as file:
-            return _latent_difference(file, stamp, channels) or _source_difference(file.metadata, source)
+        file = header_of(path)
+        return _latent_difference(file, stamp, channels) or _source_difference(file.metadata, source)
     except DataError as error:
         return f"cannot be read ({error})"
 
@@ -176,11 +122,11 @@ def text_is_fresh(
     if not path.is_file():
         return "is missing"
     try:
-        with _opened(path) as file:
-            found = file.shape(_text_key(file))[-1]
-            metadata = file.metadata
+        file = header_of(path)
+        found = file.tensors[text_key(file)].shape[-1]
     except DataError as error:
         return f"cannot be read ({error})"
+    metadata = file.metadata
     if other := _other_model(metadata):
         return other
     if width is not None and found != width:
@@ -190,10 +136,36 @@ def text_is_fresh(
     return _recorded_difference(metadata, "t5", t5, "was made with another text encoder")
 
 
+def header_of(path: Path) -> Header:
+    """What a cache file says of itself. Raises `DataError` naming it."""
+    try:
+        return read_header(path)
+    except CheckpointError as error:
+        raise DataError(str(error)) from error
+
+
+def latents_key(file: Header) -> str:
+    """The name of the tensor of a latent cache. Raises `DataError` if it has none or one of another shape."""
+    found = [name for name in file.names if _LATENTS.fullmatch(name)]
+    if len(found) != 1:
+        raise DataError(f"{file.path} holds no latents; run wan_cache_latents.py")
+    shape, said = file.tensors[found[0]].shape, _shape_in(found[0])
+    if shape[1:] != (said.frames, said.height, said.width):
+        raise DataError(f"{file.path} holds a tensor of shape {shape} under the name {found[0]}; cache it again")
+    return found[0]
+
+
+def text_key(file: Header) -> str:
+    """The name of the tensor of a text cache. Raises `DataError` if it has none."""
+    found = [name for name in file.names if name.startswith("varlen_t5_")]
+    if len(found) != 1:
+        raise DataError(f"{file.path} holds no text; run wan_cache_text_encoder_outputs.py")
+    return found[0]
+
+
 def has_image_conditioning(path: Path) -> bool:
     """Whether a latent cache also holds what image-to-video training reads. Raises `DataError`."""
-    with _opened(path) as file:
-        return any(name.startswith(("latents_image_", "clip_")) for name in file.names)
+    return any(name.startswith(("latents_image_", "clip_")) for name in header_of(path).names)
 
 
 def source_fingerprint(path: Path) -> Fingerprint:
@@ -210,18 +182,19 @@ def source_fingerprint(path: Path) -> Fingerprint:
     )
 
 
-def _other_model(metadata: dict[str, str]) -> str | None:
+def _other_model(metadata: Mapping[str, str]) -> str | None:
     architecture = metadata.get("architecture", ARCHITECTURE)
     return None if architecture == ARCHITECTURE else f"belongs to another model ({architecture})"
 
 
-def _latent_difference(file: TensorSource, stamp: LatentStamp, channels: int | None) -> str | None:
+def _latent_difference(file: Header, stamp: LatentStamp, channels: int | None) -> str | None:
     metadata = file.metadata
     if other := _other_model(metadata):
         return other
-    key = _latents_key(file)
-    if channels is not None and file.shape(key)[0] != channels:
-        return f"holds latents of {file.shape(key)[0]} channels where the model reads {channels}: another VAE made it"
+    key = latents_key(file)
+    width = file.tensors[key].shape[0]
+    if channels is not None and width != channels:
+        return f"holds latents of {width} channels where the model reads {channels}: another VAE made it"
     found = _shape_in(key)
     if found != stamp.latents:
         was = found.pixels()
@@ -237,64 +210,26 @@ def _latent_difference(file: TensorSource, stamp: LatentStamp, channels: int | N
     )
 
 
-def _recorded_difference(metadata: dict[str, str], key: str, expected: str | None, reason: str) -> str | None:
-    if expected is None or metadata.get(_OURS + key, expected) == expected:
+def _recorded_difference(metadata: Mapping[str, str], key: str, expected: str | None, reason: str) -> str | None:
+    if expected is None or metadata.get(OURS + key, expected) == expected:
         return None
     return reason
 
 
-def _record_source(source: Fingerprint) -> dict[str, str]:
-    return {
-        f"{_OURS}source_size": str(source.size),
-        f"{_OURS}source_mtime_ns": str(source.mtime_ns),
-        f"{_OURS}source_digest": source.digest,
-    }
-
-
-def _source_difference(metadata: dict[str, str], source: Path | None) -> str | None:
+def _source_difference(metadata: Mapping[str, str], source: Path | None) -> str | None:
     """Size and time decide when they agree; otherwise the content does, so that a copied folder stays fresh."""
-    if source is None or f"{_OURS}source_digest" not in metadata or not source.exists():
+    if source is None or f"{OURS}source_digest" not in metadata or not source.exists():
         return None
     if source.is_file():
         status = source.stat()
-        same_size = metadata[f"{_OURS}source_size"] == str(status.st_size)
-        if same_size and metadata[f"{_OURS}source_mtime_ns"] == str(status.st_mtime_ns):
+        same_size = metadata[f"{OURS}source_size"] == str(status.st_size)
+        if same_size and metadata[f"{OURS}source_mtime_ns"] == str(status.st_mtime_ns):
             return None
-    same = source_fingerprint(source).digest == metadata[f"{_OURS}source_digest"]
+    same = source_fingerprint(source).digest == metadata[f"{OURS}source_digest"]
     return None if same else f"is older than {source.name}, which has changed"
-
-
-def _opened(path: Path) -> TensorSource:
-    try:
-        return open_tensors(path)
-    except CheckpointError as error:
-        raise DataError(str(error)) from error
-
-
-def _latents_key(file: TensorSource) -> str:
-    found = [name for name in file.names if _LATENTS.fullmatch(name)]
-    if len(found) != 1:
-        raise DataError(f"{file.path} holds no latents; run wan_cache_latents.py")
-    shape, said = file.shape(found[0]), _shape_in(found[0])
-    if shape[1:] != (said.frames, said.height, said.width):
-        raise DataError(f"{file.path} holds a tensor of shape {shape} under the name {found[0]}; cache it again")
-    return found[0]
 
 
 def _shape_in(key: str) -> LatentShape:
     match = _LATENTS.fullmatch(key)
     assert match is not None
     return LatentShape(int(match["frames"]), int(match["height"]), int(match["width"]))
-
-
-def _text_key(file: TensorSource) -> str:
-    found = [name for name in file.names if name.startswith("varlen_t5_")]
-    if len(found) != 1:
-        raise DataError(f"{file.path} holds no text; run wan_cache_text_encoder_outputs.py")
-    return found[0]
-
-
-def _finite(path: Path, tensor: Tensor) -> Tensor:
-    if not torch.isfinite(tensor).all():
-        raise DataError(f"{path} holds values that are not finite; delete it and cache again")
-    return tensor

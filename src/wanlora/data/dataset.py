@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from wanlora.data.cache_files import read_latents, read_text
+from wanlora.data.cache_tensors import read_latents, read_text
 from wanlora.data.order import BatchSpec
 from wanlora.data.plan import DataPlan
 from wanlora.foundation.errors import DataError

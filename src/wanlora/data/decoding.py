@@ -17,7 +17,8 @@ import numpy as np
 
 from wanlora.data.buckets import Size
 from wanlora.data.images import read_image
-from wanlora.data.probing import VideoInfo, frame_files, opened_video
+from wanlora.data.info import VideoInfo
+from wanlora.data.probing import frame_files, opened_video
 from wanlora.data.resize import Clip, Picture, resize_to_cover
 from wanlora.foundation.errors import DataError
 

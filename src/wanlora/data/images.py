@@ -14,7 +14,6 @@ from wanlora.data.resize import Picture
 from wanlora.foundation.errors import DataError
 from wanlora.foundation.log import warn_once
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
 _ORIENTATION = 0x0112
 _SIDEWAYS = range(5, 9)
 _UNREADABLE = (

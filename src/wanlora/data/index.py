@@ -10,9 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from wanlora.data.images import image_size
-from wanlora.data.probing import VideoInfo, probe_video
-from wanlora.data.rates import MODEL_FPS
+from wanlora.data.info import VideoInfo
 from wanlora.data.sources import Kind, Source
 from wanlora.foundation.errors import DataError
 from wanlora.foundation.files import write_text
@@ -96,17 +94,14 @@ def _measure(source: Source, index: SourceIndex) -> VideoInfo | DataError | None
         return known
     if not source.path.exists():
         return None
+    from wanlora.data.probing import probe  # brings the decoders, which a rerun does without
+
     try:
-        info = _still(source.path) if source.kind == "image" else probe_video(source.path)
+        info = probe(source)
     except DataError as error:
         return error
     index.remember(source, info)
     return info
-
-
-def _still(path: Path) -> VideoInfo:
-    width, height = image_size(path)
-    return VideoInfo(width=width, height=height, times=(0.0,), rate=MODEL_FPS)
 
 
 def _size_and_time(path: Path) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from wanlora.config.dataset import DatasetConfig, VideoDatasetConfig
 from wanlora.data.buckets import BucketSelector, Size
 from wanlora.data.cache_files import LatentName, LatentStamp, text_name
-from wanlora.data.probing import VideoInfo
+from wanlora.data.info import VideoInfo
 from wanlora.data.rates import Resampling, resample
 from wanlora.data.sources import Source, kind_of
 from wanlora.data.windows import Extraction, Window

@@ -15,44 +15,25 @@ from typing import Any
 
 import av
 
-from wanlora.data.images import IMAGE_SUFFIXES, image_size
+from wanlora.data.images import image_size
+from wanlora.data.info import VideoInfo
 from wanlora.data.rates import MODEL_FPS
+from wanlora.data.sources import IMAGE_SUFFIXES, Source
 from wanlora.foundation.errors import DataError
 
 _OPEN_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 """Titles are often not in UTF-8; PyAV reads them leniently by itself from version 19 on."""
-VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg")
 _SAME_RATE = 0.01
 _END_SLACK = 0.25
 """Seconds that may be missing at the end of a Matroska file before it counts as cut off."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VideoInfo:
-    """What planning needs to know of a clip."""
-
-    width: int
-    """Pixels, as shown, after rotation."""
-    height: int
-    times: tuple[float, ...]
-    """When each frame is shown, in seconds after the first, ascending."""
-    rate: float
-    """Average frames a second."""
-
-    @property
-    def num_frames(self) -> int:
-        """How many frames a player shows."""
-        return len(self.times)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height."""
-        return self.width, self.height
-
-    @property
-    def duration(self) -> float:
-        """Seconds, the last frame included."""
-        return self.times[-1] + 1 / self.rate
+def probe(source: Source) -> VideoInfo:
+    """Measure a picture, which counts as a clip of one frame, or a clip. Raises `DataError`."""
+    if source.kind == "video":
+        return probe_video(source.path)
+    width, height = image_size(source.path)
+    return VideoInfo(width=width, height=height, times=(0.0,), rate=MODEL_FPS)
 
 
 def probe_video(path: Path) -> VideoInfo:

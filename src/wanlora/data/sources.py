@@ -12,11 +12,11 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from wanlora.config.dataset import DatasetConfig, ImageDatasetConfig, VideoDatasetConfig
-from wanlora.data.images import IMAGE_SUFFIXES
-from wanlora.data.probing import VIDEO_SUFFIXES
 from wanlora.foundation.errors import DataError, Problems
 
 Kind = Literal["image", "video"]
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
+VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg")
 _NAMED = 5
 """How many names a message lists before it says how many more there are."""
 

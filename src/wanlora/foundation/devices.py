@@ -20,3 +20,10 @@ def find_device(name: str | None) -> torch.device:
             "install the CUDA build of PyTorch and the driver, or type --device cpu"
         )
     return device
+
+
+def place(device: torch.device) -> str:
+    """The device in words: `cuda:0 (NVIDIA GeForce RTX 3090)`."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device}" if torch.cuda.is_available() else f"{device} (no CUDA device is found)"

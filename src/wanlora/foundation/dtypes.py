@@ -1,21 +1,8 @@
-"""Names of number formats, as users and files write them."""
+"""Number formats by name."""
 
 import torch
 
-from wanlora.foundation.errors import ConfigError, did_you_mean
-
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "float": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "fp8": torch.float8_e4m3fn,
-    "float8_e4m3fn": torch.float8_e4m3fn,
-    "float8_e5m2": torch.float8_e5m2,
-}
+from wanlora.foundation.dtype_names import full_dtype_name
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -36,11 +23,8 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
 
 def parse_dtype(name: str) -> torch.dtype:
     """The torch dtype that `name` stands for. Raises `ConfigError` for an unknown name."""
-    try:
-        return DTYPES[name.lower()]
-    except KeyError:
-        known = ", ".join(DTYPES)
-        raise ConfigError(f"unknown number format {name!r}{did_you_mean(name, DTYPES)}; known: {known}") from None
+    dtype: torch.dtype = getattr(torch, full_dtype_name(name))
+    return dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:

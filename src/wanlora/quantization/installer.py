@@ -4,6 +4,9 @@
 quantised and the device never holds the bf16 model. Matrices of the blocks' linears become `Fp8Linear`; norms, biases,
 modulation, embeddings and the head, which are small and on which much depends, stay as they are. Weights that a file
 has in eight bits already are kept to the bit, whatever scales it gives them.
+
+Maths in eight bits want one scale for each output (mode "rows"). Weights that a file has with other scales are then
+widened and rounded anew, which adds an error of its own.
 """
 
 import re
@@ -17,11 +20,20 @@ from torch import Tensor, nn
 from wanlora.foundation.errors import CheckpointError
 from wanlora.models.wan.checkpoint import install_parameter
 from wanlora.models.wan.transformer import WanTransformer
-from wanlora.quantization.blockwise import BLOCK, has_blocks, quantize_blockwise, relative_error, to_fp8
+from wanlora.quantization.blockwise import (
+    BLOCK,
+    dequantize,
+    has_blocks,
+    quantize_blockwise,
+    relative_error,
+    to_fp8,
+)
+from wanlora.quantization.fast_linear import FastFp8Linear
 from wanlora.quantization.linear import Fp8Linear
 from wanlora.quantization.ready_made import as_block_scale
+from wanlora.quantization.scaled_matmul import MULTIPLE, choose_kernel, fits
 
-Mode = Literal["scaled", "plain"]
+Mode = Literal["scaled", "plain", "rows"]
 _BLOCK_WEIGHT = re.compile(r"^(?:vace_)?blocks\.\d+\..+\.weight$")
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -36,12 +48,18 @@ class Fp8Report:
     """Those of them with one scale per row, because 64 does not divide their inputs."""
     ready_made: list[str] = field(default_factory=list)
     """Weights that the file has in fp8, kept to the bit."""
+    rounded_anew: list[str] = field(default_factory=list)
+    """Weights that the file has in fp8 with scales that fp8 maths cannot use."""
+    wide_maths: list[str] = field(default_factory=list)
+    """Weights of a shape that fp8 maths cannot take."""
     excluded: list[str] = field(default_factory=list)
     """Matrices that stay in full width."""
     measured: str = ""
     """The layer that errors were measured on."""
     scaled_error: float = 0.0
-    """Relative error of that layer with scales."""
+    """Relative error of that layer with scales for blocks."""
+    rows_error: float = 0.0
+    """With one scale for each output."""
     plain_error: float = 0.0
     """And without."""
 
@@ -50,9 +68,9 @@ class Fp8Installer:
     """The `install` hook of `load_transformer` for fp8 weights.
 
     Weights are quantised where the loader puts them (`device`) and rest where `place` says for their name (default:
-    `device`). `dtype` is the compute dtype. Mode "plain" casts without scales. After loading, `report` has the counts
-    and `summary()` the lines for the log. Raises `CheckpointError` for scales that do not fit and for values that are
-    not finite.
+    `device`). `dtype` is the compute dtype. Mode "plain" casts without scales; "rows" makes layers that also multiply
+    in fp8 (`FastFp8Linear`), emulated where `device` is no card. After loading, `report` has the counts and `summary()`
+    the lines for the log. Raises `CheckpointError` for scales that do not fit and for values that are not finite.
     """
 
     def __init__(
@@ -78,18 +96,24 @@ class Fp8Installer:
                 self.report.excluded.append(name)
             install_parameter(model, name, tensor.to(self.place(name)), scale)
             return
-        weight, scale = self._convert(name, tensor.to(self.device), scale)
+        weight, scale = self._convert(name, tensor if tensor.dtype in _FP8 else tensor.to(self.device), scale)
         resting = self.place(name)
-        linear = Fp8Linear(weight.to(resting), scale.to(resting), compute_dtype=self.dtype)
+        linear = self._linear(name, weight.to(resting), scale.to(resting))
         linear.bias = owner.bias  # loaded already, or still without memory and loaded later
         model.set_submodule(owner_name, linear)
+
+    def _linear(self, name: str, weight: Tensor, scale: Tensor) -> Fp8Linear:
+        if self.mode == "rows" and fits(*weight.shape):
+            return FastFp8Linear(weight, scale, compute_dtype=self.dtype, kernel=choose_kernel(self.device))
+        if self.mode == "rows":
+            self.report.wide_maths.append(name)
+        return Fp8Linear(weight, scale, compute_dtype=self.dtype)
 
     def _convert(self, name: str, tensor: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """The weight in fp8 and its scale [out or 1, blocks, 1]."""
         if tensor.dtype in _FP8:
-            self.report.ready_made.append(name)
-            given = self._one() if scale is None else scale.to(self.device)
-            return tensor.clone(), as_block_scale(given, (tensor.shape[0], tensor.shape[1]), name)
+            given = self._one() if scale is None else scale.to(tensor.device)
+            return self._ready_made(name, tensor, as_block_scale(given, (tensor.shape[0], tensor.shape[1]), name))
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise CheckpointError(f"{name} holds values that are not finite numbers; fetch the file again")
         self.report.quantized.append(name)
@@ -97,17 +121,31 @@ class Fp8Installer:
             self._measure(name, tensor)
         if self.mode == "plain":
             return to_fp8(tensor), self._one()
+        if self.mode == "rows":
+            return quantize_blockwise(tensor, tensor.shape[1])
         if not has_blocks(tensor.shape[1]):
             self.report.per_row.append(name)
         return quantize_blockwise(tensor)
+
+    def _ready_made(self, name: str, tensor: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """A weight that is fp8 in the file, with scales [out or 1, blocks, 1]: as it is wherever that will do."""
+        if self.mode == "rows" and (scale.shape[1] > 1 or tensor.dtype is not torch.float8_e4m3fn):
+            self.report.rounded_anew.append(name)
+            wide = dequantize(tensor.to(self.device), scale.to(self.device), torch.float32)
+            return quantize_blockwise(wide, tensor.shape[1])
+        self.report.ready_made.append(name)
+        if self.mode == "rows":
+            scale = scale.expand(tensor.shape[0], 1, 1).contiguous()
+        return tensor.clone(), scale
 
     def _one(self) -> Tensor:
         return torch.ones((1, 1, 1), device=self.device)
 
     def _measure(self, name: str, tensor: Tensor) -> None:
-        """What both modes would make of this weight."""
+        """What each mode would make of this weight."""
         self.report.measured = name
         self.report.scaled_error = relative_error(tensor, *quantize_blockwise(tensor))
+        self.report.rows_error = relative_error(tensor, *quantize_blockwise(tensor, tensor.shape[1]))
         self.report.plain_error = relative_error(tensor, to_fp8(tensor), self._one())
 
     def summary(self) -> list[str]:
@@ -115,8 +153,11 @@ class Fp8Installer:
         report = self.report
         lines = []
         if report.quantized:
-            error = report.scaled_error if self.mode == "scaled" else report.plain_error
-            how = f"a scale per {BLOCK} inputs" if self.mode == "scaled" else "no scales"
+            error, how = {
+                "scaled": (report.scaled_error, f"a scale per {BLOCK} inputs"),
+                "plain": (report.plain_error, "no scales"),
+                "rows": (report.rows_error, "a scale per output"),
+            }[self.mode]
             lines.append(
                 f"fp8: {len(report.quantized)} block weights with {how}, relative error {error:.1%} on "
                 f"{report.measured}; {len(report.excluded)} matrices outside the blocks are kept in full"
@@ -132,4 +173,14 @@ class Fp8Installer:
             )
         if report.ready_made:
             lines.append(f"fp8: {len(report.ready_made)} weights are in fp8 in the file and kept as they are")
+        if report.rounded_anew:
+            lines.append(
+                f"fp8: {len(report.rounded_anew)} weights are in fp8 in the file, with scales that fp8 maths cannot "
+                "use, and were rounded anew to a scale per output; the bf16 file of the model would be more exact"
+            )
+        if report.wide_maths:
+            lines.append(
+                f"fp8: {len(report.wide_maths)} weights have a side that {MULTIPLE} does not divide; their maths are "
+                "not in fp8"
+            )
         return lines

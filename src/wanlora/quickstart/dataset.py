@@ -17,15 +17,15 @@ from wanlora.foundation.files import write_text
 from wanlora.quickstart.media import write_clip, write_picture
 from wanlora.quickstart.world import Scene, new_scenes
 
-_CLIPS = ((60, 16), (52, 16), (45, 16), (33, 16), (100, 30), (96, 30), *[(60, 16)] * 6)
+_CLIPS = ((60, 16), (52, 16), (45, 16), (33, 16), (100, 30), (96, 30), *[(60, 16)] * 12)
 """Frames and frames per second of each clip."""
 _PICTURES = (("png", 160, 160), ("jpg", 160, 160), ("png", 192, 128), ("jpg", 128, 192)) * 3
 """Format, width and height of each picture."""
-_UNSEEN_CLIPS = ((21, 16),) * 4
+_UNSEEN_CLIPS = ((60, 16), (52, 16), (45, 16), (33, 16), (100, 30), (96, 30), *[(60, 16)] * 12)
 _UNSEEN_PICTURES = (("png", 160, 160),) * 4
 
 _SEEDS = {"videos": 1, "images": 2, "unseen_videos": 3, "unseen_images": 4}
-_SAMPLING = "--s 12 --fs 3 --l 1"
+_SAMPLING = "--s 16 --fs 3 --l 1"
 """Solver steps, shift and guidance."""
 
 
@@ -144,21 +144,21 @@ def _write_missing(path: Path, text: str) -> None:
 def _tables(folder: Path) -> dict[str, Any]:
     """The dataset TOML. Folders are absolute, because relative ones are read from wherever a program is started."""
     return {
-        "general": {"caption_extension": ".txt", "enable_bucket": True, "bucket_no_upscale": True, "batch_size": 4},
+        "general": {"caption_extension": ".txt", "enable_bucket": True, "bucket_no_upscale": True, "batch_size": 8},
         "datasets": [
             _table(folder, "image", "images", "cache", (96, 96)),
             {
                 **_table(folder, "video", "videos", "cache_1", (96, 64)),
                 "frame_extraction": "head",
                 "target_frames": [1, 21],
-                "num_repeats": 3,
+                "num_repeats": 4,
             },
             {
                 **_table(folder, "video", "videos", "cache_2", (64, 48)),
                 "frame_extraction": "uniform",
                 "target_frames": [45],
                 "frame_sample": 2,
-                "num_repeats": 3,
+                "num_repeats": 2,
             },
         ],
         "validation": [

@@ -7,13 +7,15 @@ which tensors are trained and must not leave the device; compiling has to see th
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from wanlora.config.train import MemoryConfig, NetworkConfig, TrainConfig
 from wanlora.foundation.dtypes import dtype_name
-from wanlora.foundation.log import log, say_once
+from wanlora.foundation.errors import CheckpointError
+from wanlora.foundation.log import log, say_once, warn_once
 from wanlora.foundation.random import Streams
 from wanlora.lora.files import read_lora
 from wanlora.lora.merge import MergedLoRAs
@@ -25,7 +27,9 @@ from wanlora.memory.placement import RestingPlace, streamed_indexes
 from wanlora.memory.streaming import BlockStream
 from wanlora.models.wan.checkpoint import load_transformer
 from wanlora.models.wan.transformer import WanTransformer
-from wanlora.quantization.installer import Fp8Installer
+from wanlora.quantization.installer import Fp8Installer, Mode
+from wanlora.quantization.kept import KeptCopy
+from wanlora.quantization.scaled_matmul import missing_fp8_maths
 from wanlora.training.engine import compute_dtype
 from wanlora.training.prepare import Prepared
 
@@ -87,31 +91,88 @@ def wants_compile(config: MemoryConfig, device: torch.device) -> bool:
     return True
 
 
+def fp8_weights(config: MemoryConfig, device: torch.device) -> Mode | None:
+    """How the weights of the blocks are kept in fp8: as fp8 maths want them if they are asked for and possible."""
+    if not config.fp8_fast:
+        return config.fp8_mode
+    missing = missing_fp8_maths(device)
+    if missing is None:
+        return "rows"
+    warn_once(f"--fp8_fast: {missing}; weights are kept in fp8 and multiplied in the model's own number format")
+    return config.fp8_mode
+
+
 def _load(
     config: TrainConfig, prepared: Prepared, device: torch.device, dtype: torch.dtype, streamed: int, quiet: bool
 ) -> WanTransformer:
-    assert config.model.dit is not None
-    memory = config.memory
-    place = RestingPlace(device, streamed_indexes(prepared.transformer.sizes.num_layers, streamed))
-    fp8 = Fp8Installer(device, dtype, memory.fp8_mode, place=place) if memory.fp8_mode else None
-    merged = config.network.merged_weights
-    adjust = MergedLoRAs([path for path, _ in merged], [factor for _, factor in merged]) if merged else None
-    model = load_transformer(
-        config.model.dit,
-        config.model.task,
-        device=device,
+    """The frozen model: from the checkpoint, or from what an earlier start kept of it."""
+    read = partial(
+        load_transformer,
+        task=config.model.task,
         dtype=dtype,
-        adjust=adjust,
-        install=fp8 or place.install,
-        residual_dtype=residual_dtype(memory),
+        residual_dtype=residual_dtype(config.memory),
         attention=config.attention.training_kernel,
         progress=not quiet,
     )
+    place = RestingPlace(device, streamed_indexes(prepared.transformer.sizes.num_layers, streamed))
+    mode = fp8_weights(config.memory, device)
+    kept = _kept_copy(config, prepared, mode, dtype)
+    model = _read_kept(kept, read, place, Fp8Installer(device, dtype, mode, place=place)) if kept and mode else None
+    if model is None:
+        fp8 = Fp8Installer(device, dtype, mode, place=place) if mode else None
+        model = _read_checkpoint(config, read, place, fp8, device)
+        notes = fp8.summary() if fp8 else []
+        for line in notes:
+            log.info(line)
+        if kept and not quiet:
+            kept.write(model, notes)
+    log.info(f"maths in {dtype_name(dtype)}, residual stream in {dtype_name(model.residual_dtype)}")
+    return model
+
+
+def _kept_copy(config: TrainConfig, prepared: Prepared, mode: Mode | None, dtype: torch.dtype) -> KeptCopy | None:
+    """Where the quantised weights are kept, if they are."""
+    folder, dit = config.memory.quantized_cache, config.model.dit
+    if folder is None or mode is None:
+        return None
+    if prepared.transformer.dtypes[0].itemsize == 1:
+        say_once(f"--quantized_cache: {dit} is in fp8 already and is read as it is")
+        return None
+    assert dit is not None
+    return KeptCopy.of(folder, dit, mode=mode, dtype=dtype, merged=config.network.merged_weights)
+
+
+def _read_kept(
+    kept: KeptCopy, read: Callable[..., WanTransformer], place: RestingPlace, fp8: Fp8Installer
+) -> WanTransformer | None:
+    """The model as it was kept; None, with the reason in the log, if it has to be made anew."""
+    difference = kept.difference()
+    if difference is not None:
+        log.info(f"--quantized_cache: {kept.path} {difference}; it is made when the model has been read")
+        return None
+    try:
+        model = read(kept.path, device=place, install=fp8)
+    except CheckpointError as error:
+        log.warning(f"the kept weights cannot be used and are made anew: {error}")
+        return None
+    log.info(f"the weights are those that an earlier start kept in {kept.path.parent}; what it said of them:")
+    for line in kept.notes():
+        log.info(f"  {line}")
+    return model
+
+
+def _read_checkpoint(
+    config: TrainConfig,
+    read: Callable[..., WanTransformer],
+    place: RestingPlace,
+    fp8: Fp8Installer | None,
+    device: torch.device,
+) -> WanTransformer:
+    merged = config.network.merged_weights
+    adjust = MergedLoRAs([path for path, _ in merged], [factor for _, factor in merged]) if merged else None
+    model = read(config.model.dit, device=device, adjust=adjust, install=fp8 or place.install)
     if adjust:
         adjust.finish()
-    for line in fp8.summary() if fp8 else []:
-        log.info(line)
-    log.info(f"maths in {dtype_name(dtype)}, residual stream in {dtype_name(model.residual_dtype)}")
     return model
 
 

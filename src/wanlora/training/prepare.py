@@ -20,6 +20,7 @@ from wanlora.data.checks import check_caches
 from wanlora.data.plan import DataPlan, plan_datasets
 from wanlora.diffusion.timesteps import TimestepPlan, build_plan
 from wanlora.foundation.devices import find_device
+from wanlora.foundation.dtypes import dtype_name
 from wanlora.foundation.errors import CheckpointError, ConfigError, Problems
 from wanlora.foundation.log import log, say_once
 from wanlora.foundation.tensor_files import open_tensors
@@ -134,6 +135,7 @@ def _check_model(config: TrainConfig, problems: Problems, found: dict[str, objec
             device = find_device(config.run.device)
             dtype = compute_dtype(config.run.mixed_precision, transformer.dtypes[0], device)
             require_dtype(config.attention.training_kernel, dtype)
+            _check_fp8_maths(config.memory, dtype)
         with problems.collect():
             streamed_indexes(transformer.sizes.num_layers, config.memory.blocks_to_swap or 0)
         if _are_there(config.network.network_weights, *config.network.base_weights):
@@ -143,6 +145,13 @@ def _check_model(config: TrainConfig, problems: Problems, found: dict[str, objec
             found |= {name: getattr(choice, name) for name in ("targets", "partial", "ranks", "alphas")}
         return transformer.sizes
     return None
+
+
+def _check_fp8_maths(config: MemoryConfig, dtype: torch.dtype) -> None:
+    if config.fp8_fast and dtype is not torch.bfloat16:
+        raise ConfigError(
+            f"--fp8_fast gives results in bfloat16, the model runs in {dtype_name(dtype)}; use --mixed_precision bf16"
+        )
 
 
 def _inspect(model: ModelConfig) -> tuple[TransformerFile, WanTransformer]:
@@ -257,7 +266,12 @@ def _check_output(config: TrainConfig, problems: Problems) -> None:
     """The folders can be written to; what a run of this name left there is announced."""
     saving = config.saving
     assert saving.output_dir is not None and saving.output_name is not None
-    for flag, folder in (("--output_dir", saving.output_dir), ("--logging_dir", config.logging.logging_dir)):
+    folders = {
+        "--output_dir": saving.output_dir,
+        "--logging_dir": config.logging.logging_dir,
+        "--quantized_cache": config.memory.quantized_cache,
+    }
+    for flag, folder in folders.items():
         if folder is not None:
             with problems.collect():
                 _require_writable(flag, folder)

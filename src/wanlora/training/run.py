@@ -16,12 +16,14 @@ from wanlora.foundation.log import log
 from wanlora.foundation.random import Streams
 from wanlora.memory.measure import MemorySettings, explain_out_of_memory, is_out_of_memory, memory_figures
 from wanlora.models.wan.vae import load_vae
+from wanlora.quantization.fast_linear import fast_layers
 from wanlora.training.after_step import AfterStep
 from wanlora.training.announce import announce, show_timesteps
 from wanlora.training.build import Trainee, build_trainee
 from wanlora.training.checkpoints import Checkpoints
 from wanlora.training.conditioning import encode_texts
 from wanlora.training.engine import Engine
+from wanlora.training.fp8_check import check_fp8_maths, sample_batches
 from wanlora.training.interrupts import Interrupts
 from wanlora.training.loop import Feed, Trainer
 from wanlora.training.metrics import Metrics, StepLog
@@ -102,6 +104,9 @@ class Run:
         if state:
             restore(state, trainee.network, step, self.config.optimizer.kwargs)
         set_mode(step.optimizer, training=True)
+        if fast_layers(trainee.model):
+            batches = sample_batches(self.prepared.plan, self._order(0))
+            check_fp8_maths(trainee, step.objective, batches, self.engine)
         return self._trainer(trainee, step, materials)
 
     def _count_steps(self) -> int:

@@ -31,6 +31,7 @@ def train(words: str) -> TrainConfig:
             "--persistent_data_loader_workers --max_data_loader_n_workers 0",
             "--persistent_data_loader_workers needs --max_data_loader_n_workers of at least 1",
         ),
+        ("--fp8_fast", "--fp8_fast multiplies weights that are in fp8: add --fp8_scaled"),
         ("--dim_from_weights", "--dim_from_weights needs --network_weights"),
         (
             "--base_weights a --base_weights_multiplier 1 2",
@@ -123,9 +124,10 @@ def test_options_that_the_weighting_scheme_does_not_read_are_named(
 
 def test_an_ordinary_run_is_silent(said: list[str]) -> None:
     train(
-        "--fp8_base --fp8_scaled --save_every_n_epochs 1 --save_last_n_epochs 2 --sample_prompts p.txt --vae v --t5 t "
-        "--sample_every_n_epochs 1 --logging_dir l --log_config --blocks_to_swap 9 --block_swap_ring_size 3 "
-        "--lr_scheduler constant_with_warmup --lr_warmup_steps 5 --base_weights a --base_weights_multiplier 1"
+        "--fp8_base --fp8_scaled --fp8_fast --save_every_n_epochs 1 --save_last_n_epochs 2 --sample_prompts p.txt "
+        "--vae v --t5 t --sample_every_n_epochs 1 --logging_dir l --log_config --blocks_to_swap 9 "
+        "--block_swap_ring_size 3 --lr_scheduler constant_with_warmup --lr_warmup_steps 5 --base_weights a "
+        "--base_weights_multiplier 1"
     )
     assert said == []
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from wanlora.config.dataset import DatasetConfig, DatasetsConfig, ImageDatasetConfig, VideoDatasetConfig
-from wanlora.data.cache_files import source_fingerprint, write_latents, write_text
+from wanlora.data.cache_files import source_fingerprint
+from wanlora.data.cache_tensors import write_latents, write_text
 from wanlora.data.items import Item
 from wanlora.data.plan import DataPlan
 from wanlora.foundation.shapes import LatentShape

@@ -11,14 +11,11 @@ from wanlora.data.cache_files import (
     LatentName,
     LatentStamp,
     latent_is_fresh,
-    read_latents,
-    read_text,
     source_fingerprint,
     text_is_fresh,
     text_name,
-    write_latents,
-    write_text,
 )
+from wanlora.data.cache_tensors import read_latents, read_text, write_latents, write_text
 from wanlora.data.sources import cache_stem
 from wanlora.data.windows import Window
 from wanlora.foundation.errors import DataError

@@ -8,12 +8,13 @@ import pytest
 
 from tests.unit.data.clips import frame_numbers, make_clip, make_picture, write_caption
 from tests.unit.data.datasets import clips_table, fill_caches, pictures_table, rows_table, tables
-from wanlora.data import decoding, index
+from wanlora.data import decoding, probing
 from wanlora.data.index import INDEX_NAME
+from wanlora.data.info import VideoInfo
 from wanlora.data.media import read_items
 from wanlora.data.plan import DataPlan, plan_datasets
-from wanlora.data.probing import VideoInfo
 from wanlora.data.report import epoch_line, report_lines
+from wanlora.data.sources import Source
 from wanlora.foundation.errors import DataError
 from wanlora.foundation.shapes import PixelShape
 
@@ -23,11 +24,10 @@ def names(plan: DataPlan) -> list[str]:
 
 
 def without_probing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: Path) -> None:
-        raise AssertionError(f"{path} was opened")
+    def fail(source: Source) -> None:
+        raise AssertionError(f"{source.path} was opened")
 
-    monkeypatch.setattr(index, "probe_video", fail)
-    monkeypatch.setattr(index, "image_size", fail)
+    monkeypatch.setattr(probing, "probe", fail)
 
 
 def test_every_source_window_and_bucket_gives_one_sample(clips: Path, tmp_path: Path) -> None:
@@ -153,13 +153,13 @@ def test_a_second_plan_opens_only_what_has_changed(tmp_path: Path, monkeypatch: 
     config = tables(clips_table(folder, tmp_path / "cache"))
     before = plan_datasets(config)
     opened: list[str] = []
-    real = index.probe_video
+    real = probing.probe
 
-    def probe(path: Path) -> VideoInfo:
-        opened.append(path.name)
-        return real(path)
+    def probe(source: Source) -> VideoInfo:
+        opened.append(source.path.name)
+        return real(source)
 
-    monkeypatch.setattr(index, "probe_video", probe)
+    monkeypatch.setattr(probing, "probe", probe)
     assert plan_datasets(config) == before
     assert opened == []
     make_clip(folder / "b.mp4", 9)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wanlora.foundation import tensor_files
 from wanlora.foundation.errors import CheckpointError
+from wanlora.foundation.headers import stored_names
 from wanlora.foundation.tensor_files import open_tensors, save_tensors
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
@@ -113,3 +114,29 @@ def test_a_file_that_may_not_be_opened_is_not_called_broken(
     monkeypatch.setattr(torch, "load", refuse)
     with pytest.raises(CheckpointError, match=r"a\.\w+ cannot be read \(Permission denied\); check that you may open"):
         open_tensors(tmp_path / name)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_names_in_a_pickle_are_found_without_running_or_loading_it(tmp_path: Path, zipped: bool) -> None:
+    content = {"state_dict": {**TENSORS, "p": torch.nn.Parameter(torch.ones(2)), "epoch": 3}, "where": tmp_path}
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    assert stored_names(tmp_path / "x.pth") == ("a.weight", "b", "p")
+
+
+class _Harm:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('harm')",)
+
+
+def test_a_pickle_that_would_run_code_runs_none_when_its_names_are_read(tmp_path: Path) -> None:
+    torch.save({"a": _Harm(), **TENSORS}, tmp_path / "x.pth")
+    assert set(stored_names(tmp_path / "x.pth")) >= set(TENSORS)
+
+
+def test_names_of_shards_are_those_of_all_files(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path)
+    for path in (tmp_path, shards[1]):
+        assert stored_names(path) == ("a.weight", "b")
+    (tmp_path / "senseless.pth").write_bytes(b"hello")
+    with pytest.raises(CheckpointError, match="cut off or is no PyTorch weights file"):
+        stored_names(tmp_path / "senseless.pth")

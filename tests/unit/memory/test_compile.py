@@ -44,6 +44,14 @@ def test_one_graph_serves_all_blocks_and_all_lengths() -> None:
         assert ours.grad is None or theirs.grad is None or torch.equal(ours.grad, theirs.grad)
 
 
+def test_one_graph_serves_texts_of_all_lengths() -> None:
+    arguments = [(*ARGUMENTS[:2], [torch.randn(length, 32)]) for length in (5, 40, 200)]
+    plain, model, backend = adapted_wan(2, text_len=512), adapted_wan(2, text_len=512), _Backend()
+    compile_blocks(model.blocks, backend=backend, fullgraph=True)
+    assert [train_step(model, one) for one in arguments] == [train_step(plain, one) for one in arguments]
+    assert backend.graphs == 1
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compiled_blocks_stream_and_recompute_with_the_same_result(backend: str) -> None:
     expected = losses_and_gradients(adapted_wan(3), steps=2)

@@ -18,7 +18,9 @@ ARGUMENTS = (
 )
 
 
-def adapted_wan(num_blocks: int = 6, *, dropout: float = 0.0, adapted: bool = True) -> WanTransformer:
+def adapted_wan(
+    num_blocks: int = 6, *, dropout: float = 0.0, adapted: bool = True, text_len: int = 7
+) -> WanTransformer:
     """The same weights at every call. Self attention is fp8; every linear of the blocks has an adapter."""
     sizes = WanSizes(
         dim=128,
@@ -28,7 +30,7 @@ def adapted_wan(num_blocks: int = 6, *, dropout: float = 0.0, adapted: bool = Tr
         out_channels=16,
         text_dim=32,
         freq_dim=32,
-        text_len=7,
+        text_len=text_len,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

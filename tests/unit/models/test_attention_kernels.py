@@ -1,6 +1,7 @@
 """Every kernel equals the reference; what a kernel cannot do is refused in words."""
 
 import importlib.machinery
+import subprocess
 import sys
 from types import ModuleType
 
@@ -45,6 +46,48 @@ def test_sdpa_equals_the_reference_in_output_and_gradients() -> None:
         results.append([out, q.grad, k.grad, v.grad])
     for ours, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def ending_alike(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v whose last two keys and values are the same."""
+    q, k, v = (x.to(dtype) for x in qkv())
+    return q, torch.cat((k, k[:, -1:]), dim=1) * scale, torch.cat((v, v[:, -1:]), dim=1)
+
+
+def written_out(x: Tensor, alike: int) -> Tensor:
+    return torch.cat((x, x[:, -1:].expand(-1, alike - 2, -1, -1)), dim=1)
+
+
+def row_gradients(out: Tensor, q: Tensor, *keys_and_values: Tensor) -> list[Tensor]:
+    """Gradients; those of the two rows that are alike in one sum, because both are made of the same text row."""
+    grad_q, *others = torch.autograd.grad(out.square().sum(), (q, *keys_and_values))
+    return [grad_q, *(torch.cat((g[:, :-2], g[:, -2:].sum(1, keepdim=True)), dim=1) for g in others)]
+
+
+@pytest.mark.parametrize("scale", [0.1, 2.0])
+@pytest.mark.parametrize("alike", [2, 3, 17, 490])
+@pytest.mark.parametrize("kernel", ["reference", "sdpa"])
+def test_two_rows_stand_for_many_in_output_and_gradients(kernel: str, alike: int, scale: float) -> None:
+    q, k, v = (x.requires_grad_() for x in ending_alike(scale=scale))
+    found = attention(q, k, v, kernel, alike=alike)
+    expected = attention(q, written_out(k, alike), written_out(v, alike), kernel)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for ours, written in zip(row_gradients(found, q, k, v), row_gradients(expected, q, k, v), strict=True):
+        torch.testing.assert_close(ours, written, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("alike", range(2, 512, 51))
+def test_in_bfloat16_the_count_of_rows_is_exact_to_a_thousandth(alike: int) -> None:
+    added = module._log_counts(5, alike, torch.bfloat16, torch.device("cpu"))
+    assert added.dtype == torch.bfloat16 and added[:3].tolist() == [0, 0, 0]
+    assert added[3:].float().exp().sum().item() == pytest.approx(alike, rel=1e-3)
+
+
+def test_a_kernel_that_adds_nothing_to_scores_sees_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, "flash_attn", "flash_attn_func", module._reference)
+    q, k, v = ending_alike(torch.bfloat16)
+    expected = attention(q, written_out(k, 17), written_out(v, 17), "flash")
+    assert torch.equal(attention(q, k, v, "flash", alike=17), expected)
 
 
 def test_the_reference_is_the_formula() -> None:
@@ -141,3 +184,10 @@ def test_cudnn_goes_first_from_hopper_on(
     backends = module._cuda_backends()
     assert backends[0].name == first
     assert [backend.name for backend in backends[2:]] == ["EFFICIENT_ATTENTION", "MATH"]
+
+
+def test_a_compiler_takes_the_choice_of_backends_as_a_constant_and_is_not_imported_for_it() -> None:
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked).items() <= vars(module._cuda_backends).items()
+    code = "import sys, wanlora.models.attention; print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -23,9 +24,9 @@ CPU = torch.device("cpu")
 
 
 def random_model(
-    compute_dtype: torch.dtype = torch.float32, residual_dtype: torch.dtype = torch.float32
+    compute_dtype: torch.dtype = torch.float32, residual_dtype: torch.dtype = torch.float32, sizes: WanSizes = SIZES
 ) -> WanTransformer:
-    model = WanTransformer(SIZES, compute_dtype=compute_dtype, residual_dtype=residual_dtype)
+    model = WanTransformer(sizes, compute_dtype=compute_dtype, residual_dtype=residual_dtype)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1, generator=generator)
@@ -123,6 +124,25 @@ def test_a_text_equals_itself_with_its_padding_written_out() -> None:
     x, timestep, text = inputs()
     written = torch.cat([text[0], torch.zeros(SIZES.text_len - len(text[0]), 48)])
     assert torch.equal(model(x, timestep, text), model(x, timestep, [written]))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows"), [((5, 30), 32), ((31,), 64), ((120,), 128), ((480, 5), 512), ((512,), 512)]
+)
+def test_padding_beyond_two_rows_is_not_computed_and_counts_all_the_same(lengths: tuple[int, ...], rows: int) -> None:
+    model = random_model(sizes=replace(SIZES, text_len=512)).requires_grad_()
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(len(lengths), 16, 1, 4, 4, generator=generator)
+    timestep = torch.full((len(lengths),), 300.0)
+    text = [torch.randn(length, 48, generator=generator) for length in lengths]
+    written = [torch.cat([one, torch.zeros(512 - len(one), 48)]) for one in text]
+    assert (model.embed_text(text, CPU).shape[1], model.embed_text(written, CPU).shape[1]) == (rows, 512)
+    results = []
+    for given in (text, written):
+        out = model(x, timestep, given)
+        results.append((out, *torch.autograd.grad(out.square().mean(), list(model.parameters()))))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
 def test_rms_norm_rounds_before_the_weight_as_the_official_code_does() -> None:

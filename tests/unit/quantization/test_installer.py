@@ -11,7 +11,8 @@ from wanlora.foundation.tensor_files import save_tensors
 from wanlora.models.wan.checkpoint import load_transformer
 from wanlora.models.wan.spec import WanSizes
 from wanlora.models.wan.transformer import WanTransformer
-from wanlora.quantization.blockwise import dequantize, quantize_blockwise
+from wanlora.quantization.blockwise import dequantize, quantize_blockwise, relative_error
+from wanlora.quantization.fast_linear import fast_layers
 from wanlora.quantization.installer import Fp8Installer
 from wanlora.quantization.linear import Fp8Linear
 
@@ -88,6 +89,51 @@ def test_weights_that_are_fp8_in_the_file_are_kept_to_the_bit(tmp_path: Path, te
         assert isinstance(linear, Fp8Linear)
         assert torch.equal(linear.weight.view(torch.uint8), tensors[name].view(torch.uint8))
         assert torch.equal(linear.dequantized(), (tensors[name].float() * 0.25).bfloat16())
+
+
+def test_fp8_maths_get_a_scale_for_each_output(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    installer = Fp8Installer(CPU, torch.bfloat16, "rows")
+    model = load(tmp_path, tensors, installer)
+    layers = fast_layers(model)
+    assert len(layers) == 2 * LINEARS_PER_BLOCK and {layer.kernel for layer in layers.values()} == {"emulated"}
+    layer, weight = layers["blocks.1.ffn.2"], tensors["blocks.1.ffn.2.weight"]
+    assert layer.scale.shape == (len(weight), 1, 1)
+    torch.testing.assert_close(layer.scale.flatten(), weight.float().abs().amax(dim=1) / 448, rtol=1e-6, atol=0)
+    assert 0.02 < relative_error(weight, layer.weight, layer.scale) < 0.03
+    assert layer.bias is not None and torch.equal(layer.bias, tensors["blocks.1.ffn.2.bias"])
+    (line,) = installer.summary()
+    assert "20 block weights with a scale per output, relative error 2." in line
+
+
+def test_ready_made_weights_serve_fp8_maths_as_they_are_or_are_rounded_anew(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    kept, per_tile, e5m2 = (f"blocks.0.{name}" for name in ("self_attn.q", "self_attn.k", "ffn.0"))
+    exact = {name: tensors[f"{name}.weight"].float() for name in (per_tile, e5m2)}
+    tensors[f"{kept}.weight"] = (tensors[f"{kept}.weight"].float() / 0.25).to(torch.float8_e4m3fn)
+    tensors[f"{kept}.scale_weight"] = torch.tensor(0.25)
+    fp8, scale = quantize_blockwise(exact[per_tile])
+    tensors[f"{per_tile}.weight"], tensors[f"{per_tile}.scale_weight"] = fp8, scale.squeeze(2)
+    tensors[f"{e5m2}.weight"] = exact[e5m2].to(torch.float8_e5m2)
+    installer = Fp8Installer(CPU, torch.bfloat16, "rows")
+    layers = fast_layers(load(tmp_path, tensors, installer))
+    assert installer.report.ready_made == [f"{kept}.weight"]
+    assert torch.equal(layers[kept].weight.view(torch.uint8), tensors[f"{kept}.weight"].view(torch.uint8))
+    assert torch.equal(layers[kept].scale, torch.full((128, 1, 1), 0.25))
+    assert sorted(installer.report.rounded_anew) == sorted([f"{per_tile}.weight", f"{e5m2}.weight"])
+    assert relative_error(exact[per_tile], layers[per_tile].weight, layers[per_tile].scale) < 0.05
+    assert relative_error(exact[e5m2], layers[e5m2].weight, layers[e5m2].scale) < 0.08
+    text = "\n".join(installer.summary())
+    assert "2 weights are in fp8 in the file, with scales that fp8 maths cannot use" in text
+
+
+def test_weights_that_fp8_maths_cannot_take_are_counted(tmp_path: Path) -> None:
+    sizes = WanSizes(dim=128, ffn_dim=200, num_layers=1, in_channels=16, out_channels=16, text_dim=64, freq_dim=32)
+    installer = Fp8Installer(CPU, torch.float32, "rows")
+    model = load(tmp_path, dict(WanTransformer(sizes).state_dict()), installer)
+    assert set(installer.report.wide_maths) == {"blocks.0.ffn.0.weight", "blocks.0.ffn.2.weight"}
+    assert len(fast_layers(model)) == LINEARS_PER_BLOCK - 2
+    assert any("2 weights have a side that 16 does not divide" in line for line in installer.summary())
 
 
 def test_tensors_rest_where_the_place_says(tmp_path: Path, tensors: dict[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from wanlora.lora.files import save_lora
 from wanlora.memory.checkpointing import Recompute
 from wanlora.memory.compile import is_compiled
 from wanlora.models.wan.transformer import WanTransformer
+from wanlora.quantization.fast_linear import fast_layers
 from wanlora.quantization.linear import Fp8Linear
 from wanlora.training.build import Trainee, build_trainee, num_streamed, residual_dtype, wants_compile
 
@@ -62,6 +63,29 @@ def test_fp8_weights_lie_under_the_adapters(checked: Checked, flags: list[str], 
     assert isinstance(base, Fp8Linear)
     assert base.weight.dtype is torch.float8_e4m3fn
     assert (built.dtype, built.model.compute_dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+def test_fp8_maths_reach_every_matrix_of_the_blocks(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanlora.training.build.missing_fp8_maths", lambda device: None)
+    built = build(checked, "--fp8_scaled", "--fp8_fast", "--mixed_precision", "bf16")
+    layers = fast_layers(built.model)
+    assert set(layers) == {f"{name}.base" for name in built.network.adapters}
+    assert all(layer.scale.shape == (layer.out_features, 1, 1) for layer in layers.values())
+
+
+def test_a_machine_that_cannot_multiply_in_fp8_is_told_so(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr("wanlora.foundation.log._said", set())
+    built = build(checked, "--fp8_scaled", "--fp8_fast", "--mixed_precision", "bf16")
+    assert not fast_layers(built.model)
+    base = built.network.adapters["blocks.0.ffn.0"].base
+    assert isinstance(base, Fp8Linear) and base.scale.shape[1] == base.in_features // 64
+    warnings = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
+    assert warnings == {
+        "--fp8_fast: there is no CUDA card; weights are kept in fp8 and multiplied in the model's own number format"
+    }
 
 
 def test_compiling_is_done_when_asked_for(checked: Checked) -> None:

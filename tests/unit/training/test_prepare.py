@@ -7,7 +7,7 @@ import torch
 
 from tests.runs import TrainingFolder
 from tests.unit.training.conftest import Checked
-from wanlora.data.cache_files import write_text
+from wanlora.data.cache_tensors import write_text
 from wanlora.foundation.errors import ConfigError
 from wanlora.foundation.files import write_json
 from wanlora.training.position import Position
@@ -52,6 +52,7 @@ def test_a_schedulers_arguments_are_its_own(checked: Checked, name: str) -> None
         (["--compile", "--compile_backend", "no_such"], "Invalid backend: 'no_such'"),
         (["--compile", "--compile_mode", "fast"], "Unrecognized mode=fast"),
         (["--no_sdpa", "--flash_attn"], "use --mixed_precision bf16"),
+        (["--fp8_scaled", "--fp8_fast"], "--fp8_fast gives results in bfloat16, the model runs in float32"),
         (["--optimizer_type", "AdamW", "--optimizer_args", "betas=2"], "refuses its arguments"),
     ],
 )

@@ -39,6 +39,26 @@ def test_more_epochs_and_other_data_go_on_from_where_a_run_ended(training_folder
     assert rows(training_folder, "style")[-1]["epoch"] == 3
 
 
+def test_weights_that_an_earlier_start_kept_train_alike(training_folder: TrainingFolder) -> None:
+    kept = training_folder.folder / "kept"
+    common = ["--max_train_steps", "2", "--fp8_base", "--fp8_scaled", "--mixed_precision", "bf16"]
+    losses = []
+    keeping = ["--quantized_cache", str(kept)]
+    for name, extra in (("plain", []), ("first", keeping), ("second", keeping)):
+        text = training_folder.train(training_folder.arguments(name, *common, *extra))
+        losses.append([(row["loss"], row["grad_norm"]) for row in rows(training_folder, name)])
+        assert ("of quantised weights in" in text) == (name == "first")
+        assert ("the weights are those that an earlier start kept" in text) == (name == "second")
+    assert losses[0] == losses[1] == losses[2]
+    (copy,) = kept.iterdir()
+    copy.write_bytes(copy.read_bytes()[:-10])
+    text = training_folder.train(training_folder.arguments("third", *common, *keeping))
+    assert f"{copy} is damaged; it is made when the model has been read" in text
+    assert [(row["loss"], row["grad_norm"]) for row in rows(training_folder, "third")] == losses[0]
+    text = training_folder.train(training_folder.arguments("fourth", "--max_train_steps", "1", *keeping))
+    assert "--quantized_cache changes nothing without --fp8_base or --fp8_scaled" in text
+
+
 def test_validation_is_logged_and_changes_no_step(training_folder: TrainingFolder) -> None:
     common = ["--max_train_steps", "9", "--save_state", "--network_dropout", "0.5", "--optimizer_type", "adamw"]
     training_folder.train(training_folder.arguments("plain", *common))

@@ -32,9 +32,10 @@ class WanAttention(nn.Module):
         """[B, L, N, K]."""
         return x_BLD.unflatten(-1, (-1, self.head_dim))
 
-    def attend(self, q_BLNK: Tensor, k_BTNK: Tensor, v_BTNK: Tensor) -> Tensor:
-        """Attention and the output projection, in the dtype of `v_BTNK`."""
-        out_BLNK = attention(q_BLNK.to(v_BTNK.dtype), k_BTNK.to(v_BTNK.dtype), v_BTNK, self.kernel)
+    def attend(self, q_BLNK: Tensor, k_BTNK: Tensor, v_BTNK: Tensor, alike: int | None = None) -> Tensor:
+        """Attention and the output projection, in the dtype of `v_BTNK`; `alike` is `attention`'s."""
+        q_BLNK, k_BTNK = q_BLNK.to(v_BTNK.dtype), k_BTNK.to(v_BTNK.dtype)
+        out_BLNK = attention(q_BLNK, k_BTNK, v_BTNK, self.kernel, alike=alike)
         out: Tensor = self.o(out_BLNK.flatten(-2))
         return out
 
@@ -50,12 +51,22 @@ class WanSelfAttention(WanAttention):
 
 
 class WanCrossAttention(WanAttention):
-    """Video tokens attend to all text rows, padding included: there is no mask."""
+    """Video tokens attend to all text rows, padding included: there is no mask.
+
+    A text has `text_len` rows. One with fewer ends with at least two rows of padding, which stand for those left out.
+    """
+
+    def __init__(self, sizes: WanSizes, dtype: torch.dtype) -> None:
+        super().__init__(sizes, dtype)
+        self.text_len = sizes.text_len
 
     def forward(self, x_BLD: Tensor, text_BTD: Tensor) -> Tensor:
         q = self.norm_q(self.q(x_BLD))
         k, v = project(text_BTD, (self.k, self.v))
-        return self.attend(self.heads(q), self.heads(self.norm_k(k)), self.heads(v))
+        missing = self.text_len - text_BTD.shape[1]
+        return self.attend(
+            self.heads(q), self.heads(self.norm_k(k)), self.heads(v), alike=missing + 2 if missing else None
+        )
 
 
 class WanBlock(nn.Module):

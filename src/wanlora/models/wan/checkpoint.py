@@ -6,9 +6,11 @@ tensor, so that the host never holds a second copy, and a hook may change a tens
 what becomes of it (`install`: quantised weights) while it is the only one in hand.
 """
 
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Never
@@ -19,7 +21,7 @@ from tqdm import tqdm
 
 from wanlora.foundation.dtypes import dtype_name
 from wanlora.foundation.errors import CheckpointError
-from wanlora.foundation.log import say_once
+from wanlora.foundation.log import log, say_once
 from wanlora.foundation.tensor_files import TensorSource, open_tensors
 from wanlora.models.wan.detect import FAMILIES, check_fits_task, family_of
 from wanlora.models.wan.keys import diffusers_to_official, find_prefix
@@ -32,6 +34,8 @@ from wanlora.models.wan.weights import put, require_names, require_shapes
 
 Adjust = Callable[[str, Tensor], Tensor]
 """Gets a tensor's official name and value, returns the value to load."""
+Place = Callable[[str], torch.device]
+"""Where the tensor with this official name is wanted."""
 Install = Callable[[WanTransformer, str, Tensor, Tensor | None], None]
 """Puts one tensor (and the scale it is stored with) into the model, under its official name."""
 
@@ -121,7 +125,7 @@ def load_transformer(
     path: Path,
     task: str,
     *,
-    device: torch.device | str,
+    device: torch.device | str | Place,
     dtype: torch.dtype,
     adjust: Adjust | None = None,
     install: Install = install_parameter,
@@ -131,9 +135,9 @@ def load_transformer(
 ) -> WanTransformer:
     """Read the transformer at `path`; every parameter is frozen.
 
-    Each tensor is moved to `device`, handed to `adjust`, then to `install`, which puts it into the model: there by
-    default, in another place or form if it likes. `dtype` is the model's compute dtype. With `adjust`, 8-bit weights
-    are widened first.
+    Each tensor is moved to `device` (one for all, or by official name), handed to `adjust`, then to `install`, which
+    puts it into the model: there by default, in another place or form if it likes. `dtype` is the model's compute
+    dtype. With `adjust`, 8-bit weights are widened first.
     Raises `CheckpointError` for a file of another kind, with missing, foreign or ill-shaped tensors.
     """
     with open_tensors(path) as source:
@@ -142,11 +146,13 @@ def load_transformer(
         with torch.device("meta"):
             model = WanTransformer(file.sizes, compute_dtype=dtype, residual_dtype=residual_dtype, attention=attention)
         check_complete(source, file, model)
+        place = device if callable(device) else partial(_always, torch.device(device))
+        begin = time.perf_counter()
         with _progress_bar(source, file, progress) as bar:
-            for name, stored in file.tensors.items():
-                tensor, scale = _read(source, file, name, torch.device(device), adjust)
-                install(model, name, tensor, scale)
-                bar.update(_num_bytes(source, stored))
+            for name, tensor, scale in _tensors(source, file, place):
+                install(model, name, *(_adjusted(adjust, name, tensor, scale) if adjust else (tensor, scale)))
+                bar.update(_num_bytes(source, file.tensors[name]))
+        log.info(_speed(source, file, time.perf_counter() - begin))
     return _frozen(model)
 
 
@@ -197,14 +203,28 @@ def check_complete(source: TensorSource, file: TransformerFile, model: WanTransf
     require_shapes(source, what, model, file.tensors)
 
 
-def _read(
-    source: TensorSource, file: TransformerFile, name: str, device: torch.device, adjust: Adjust | None
-) -> tuple[Tensor, Tensor | None]:
-    """One tensor on `device`, adjusted; and its scale if it is still to be applied."""
-    tensor = source.read(file.tensors[name]).to(device)
-    scale = source.read(file.scales[name]).to(device) if name in file.scales else None
-    if adjust is None:
-        return tensor, scale
+def _tensors(source: TensorSource, file: TransformerFile, place: Place) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Official name, tensor and scale of everything in the file, in its order, each where `place` says."""
+    owners = {stored: name for names in (file.tensors, file.scales) for name, stored in names.items()}
+    halves: dict[str, dict[str, Tensor]] = {}
+    for stored, tensor in source.read_all(owners, lambda stored: place(owners[stored])):
+        name = owners[stored]
+        if name not in file.scales:
+            yield name, tensor, None
+            continue
+        both = halves.setdefault(name, {})
+        both["scale" if stored == file.scales[name] else "weight"] = tensor
+        if len(both) == 2:
+            del halves[name]
+            yield name, both["weight"], both["scale"]
+
+
+def _always(device: torch.device, name: str) -> torch.device:
+    return device
+
+
+def _adjusted(adjust: Adjust, name: str, tensor: Tensor, scale: Tensor | None) -> tuple[Tensor, None]:
+    """What `adjust` makes of the weight that is meant."""
     if scale is not None:
         tensor = _scaled(name, tensor, scale)
     elif tensor.dtype in FP8_DTYPES:
@@ -228,8 +248,17 @@ def _num_bytes(source: TensorSource, stored: str) -> int:
     return prod(source.shape(stored)) * source.dtype(stored).itemsize
 
 
+def _total_bytes(source: TensorSource, file: TransformerFile) -> int:
+    return sum(_num_bytes(source, stored) for stored in file.tensors.values())
+
+
+def _speed(source: TensorSource, file: TransformerFile, seconds: float) -> str:
+    gigabytes = _total_bytes(source, file) / 1e9
+    return f"{file.path.name}: {gigabytes:.1f} GB read in {seconds:.1f} s ({gigabytes / max(seconds, 1e-3):.1f} GB/s)"
+
+
 def _progress_bar(source: TensorSource, file: TransformerFile, progress: bool) -> "tqdm[Never]":
-    total = sum(_num_bytes(source, stored) for stored in file.tensors.values())
+    total = _total_bytes(source, file)
     return tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {file.path.name}", disable=not progress)
 
 

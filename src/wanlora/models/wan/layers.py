@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from wanlora.foundation.shapes import PATCH, LatentShape
 
+_ROWS = 32
+"""Texts are computed with a multiple of so many rows."""
+
 
 def project(x: Tensor, linears: Sequence[Callable[[Tensor], Tensor]]) -> tuple[Tensor, ...]:
     """Apply several linears to one input: the one place where projections share what they need of it."""
@@ -115,6 +118,16 @@ def unpatchify(x_BLP: Tensor, latent: LatentShape) -> Tensor:
         p=PATCH,
         q=PATCH,
     )
+
+
+def text_rows(longest: int, limit: int) -> int:
+    """How many rows to compute for texts of at most `longest` tokens that count as `limit` rows.
+
+    The rest is padding, all rows of it alike: two of them are enough to stand for it (`WanCrossAttention`). Rounded up,
+    so that few different sizes occur.
+    """
+    rows = -(-(longest + 2) // _ROWS) * _ROWS
+    return rows if rows < limit else limit
 
 
 def pad_texts(texts: Sequence[Tensor], rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wanlora.foundation.errors import CheckpointError
-from wanlora.foundation.tensor_files import open_tensors
+from wanlora.foundation.headers import stored_names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +120,7 @@ def describe(names: Iterable[str]) -> str:
 
 def require_kind(path: Path, flag: str) -> None:
     """Raise `CheckpointError` unless the file at `path` is of the kind that `flag` takes, by its header."""
-    with open_tensors(path) as source:
-        kind = file_kind(source.names)
-        if kind is None or kind.flag != flag:
-            raise CheckpointError(f"{flag} {path} {describe(source.names)}; pass the file that belongs to {flag}")
+    names = stored_names(path)
+    kind = file_kind(names)
+    if kind is None or kind.flag != flag:
+        raise CheckpointError(f"{flag} {path} {describe(names)}; pass the file that belongs to {flag}")

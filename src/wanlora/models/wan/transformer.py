@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wanlora.foundation.shapes import LatentShape
 from wanlora.models.attention import require_kernel
 from wanlora.models.wan.blocks import WanBlock
-from wanlora.models.wan.layers import Float32Linear, Head, PatchEmbedding, pad_texts, sinusoid, unpatchify
+from wanlora.models.wan.layers import Float32Linear, Head, PatchEmbedding, pad_texts, sinusoid, text_rows, unpatchify
 from wanlora.models.wan.rope import RopeTables
 from wanlora.models.wan.spec import WanSizes
 
@@ -95,9 +95,11 @@ class WanTransformer(nn.Module):
         return time_BD, self.time_projection(time_BD).unflatten(-1, (6, -1))
 
     def embed_text(self, text: Sequence[Tensor], device: torch.device) -> Tensor:
-        """Text tokens [B, text_len, D] in the compute dtype.
+        """Text tokens [B, T, D] in the compute dtype, T at most `text_len`.
 
-        Zeros are padded before the network, and the rows they become are attended to: that is how Wan was trained.
+        Wan was trained with zeros padded to `text_len` before the network, and the rows they become are attended to.
+        Only as many of them are computed as are needed: they are all alike (`WanCrossAttention`).
         """
-        tokens: Tensor = self.text_embedding(pad_texts(text, self.sizes.text_len, device, self.compute_dtype))
+        rows = text_rows(max(map(len, text)), self.sizes.text_len)
+        tokens: Tensor = self.text_embedding(pad_texts(text, rows, device, self.compute_dtype))
         return tokens

@@ -1,0 +1,140 @@
+"""How much memory a training step needs, foretold from sizes alone.
+
+Three parts. What rests on the card between steps (`resting.py`). What blocks hold from forward to backward: a block
+that is recomputed holds its input, a block that is kept holds everything that its backward reads. And the workspace,
+which is there once: the backward of one block, whose activations are made again first if it is one that is recomputed.
+
+What a kept block holds is counted, not guessed: the terms below are what autograd (or the partitioner of
+torch.compile, which keeps the cheapest set that it can begin from again) was seen to save of `models/wan/blocks.py`,
+per token; a test counts them anew. Only `_BACKWARD` comes from a card.
+
+The sum is what tensors hold (torch.cuda.max_memory_allocated). Fragments and the CUDA context come on top.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from wanlora.models.wan.spec import WanSizes
+
+ADAPTABLE = (
+    *(f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"),
+    *("ffn.0", "ffn.2"),
+)
+"""The linear layers of a block by their names in it."""
+_TEXT_LAYERS = ("cross_attn.k", "cross_attn.v")
+
+_BACKWARD = (4, 3)
+"""Bytes a token that the backward of one block has at its peak beyond what the block holds, in units of its two widths
+(stream, feed-forward): the float32 gradient of the stream and one and a half 16-bit matrices of the feed-forward width.
+Fitted to benchmarks/results/training-step-14B-h100.json (H100, torch 2.11, compiled and eager, 1248 to 7488 tokens)."""
+_LIBRARIES = 80 * 2**20
+"""Workspaces of cuBLAS and cuDNN: they are tensors of the allocator, at most one set a stream."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockMaths:
+    """How the blocks of a model compute: what decides how much they hold."""
+
+    sizes: WanSizes
+    compute: torch.dtype = torch.bfloat16
+    """Of matrix products and attention."""
+    residual: torch.dtype = torch.float32
+    """Of the stream between blocks."""
+    compiled: bool = True
+    fp8: bool = False
+    """Weights are eight bits wide and widened where they are used."""
+    rank: int = 0
+    """Of the adapters; the largest if they differ."""
+    adapted: Collection[str] = ADAPTABLE
+    """Layers of a block that have an adapter, names of `ADAPTABLE`."""
+    text_rows: int = 512
+    """Rows of text that cross attention looks at."""
+
+
+def recomputed_block(maths: BlockMaths, tokens: int, batch: int = 1) -> int:
+    """Bytes that a block holds from forward to backward if it is recomputed: its input. `tokens` of one sample."""
+    return batch * tokens * maths.sizes.dim * maths.residual.itemsize
+
+
+def kept_block(maths: BlockMaths, tokens: int, batch: int = 1) -> int:
+    """Bytes that a block holds from forward to backward if it is kept, its input included."""
+    rows = tokens * _kept_per_token(maths) + maths.text_rows * _kept_per_text_row(maths)
+    return recomputed_block(maths, tokens, batch) + batch * rows + _kept_once(maths)
+
+
+def workspace(maths: BlockMaths, tokens: int, batch: int = 1, *, recomputes: bool = True) -> int:
+    """Bytes that a step needs at its peak beyond what rests on the card and what its blocks hold.
+
+    With `recomputes` at least one block is recomputed: what it holds meanwhile is included.
+    """
+    sizes = maths.sizes
+    narrow, wide = _BACKWARD
+    bytes_needed = batch * tokens * (narrow * sizes.dim + wide * sizes.ffn_dim) + _LIBRARIES
+    bytes_needed += batch * maths.text_rows * sizes.dim * maths.compute.itemsize
+    bytes_needed += 4 * tokens * sizes.head_dim  # the rope table
+    if maths.fp8:
+        bytes_needed += sizes.dim * sizes.ffn_dim * maths.compute.itemsize  # one widened weight
+    if recomputes:
+        bytes_needed += kept_block(maths, tokens, batch) - recomputed_block(maths, tokens, batch)
+    return bytes_needed
+
+
+def step_peak(
+    maths: BlockMaths, tokens: int, batch: int = 1, *, num_kept: int = 0, gradients: int = 0, accumulates: bool = False
+) -> int:
+    """Bytes that a step needs beyond what rests on the card, with `num_kept` blocks kept and the others recomputed.
+
+    `gradients` are the bytes of the adapters' gradients. They grow while what blocks hold is let go, so only the
+    larger of both counts, unless gradients of an earlier batch are there from the start (`accumulates`).
+    """
+    num_blocks = maths.sizes.num_layers
+    held = num_kept * kept_block(maths, tokens, batch) + (num_blocks - num_kept) * recomputed_block(
+        maths, tokens, batch
+    )
+    held = held + gradients if accumulates else max(held, gradients)
+    return held + workspace(maths, tokens, batch, recomputes=num_kept < num_blocks)
+
+
+def _kept_per_token(maths: BlockMaths) -> int:
+    """Bytes a video token that a kept block holds beyond its input.
+
+    In units of the compute dtype and the width of the stream: queries, keys, values and the result of self attention,
+    queries and result of cross attention (6), and the inputs of the adapters of q, k and v, of the cross query and of
+    the feed-forward network. The feed-forward width twice: before the activation and, for an adapter, behind it. Then
+    what the norms and sums in float32 read: eager code has their float32 inputs, a compiled graph makes most of them
+    again from 16-bit results.
+    """
+    dim, wide, item = maths.sizes.dim, maths.sizes.ffn_dim, maths.compute.itemsize
+    adapted = set(maths.adapted)
+    inputs = [{"self_attn.q", "self_attn.k", "self_attn.v"}, {"cross_attn.q"}, {"ffn.0"}]
+    products = 6 + sum(bool(adapted & layers) for layers in inputs)
+    narrow = products * item + _stream_and_norms(maths)
+    ranks = maths.rank * len(adapted - set(_TEXT_LAYERS)) * item
+    statistics = 4 * (9 + 2 * maths.sizes.num_heads)  # of norms and of both attentions
+    return dim * narrow + wide * item * (1 + ("ffn.2" in adapted)) + ranks + statistics
+
+
+def _stream_and_norms(maths: BlockMaths) -> int:
+    """Bytes a token and element of the stream that norms, modulation and sums hold."""
+    if maths.compiled:
+        # Three queries and keys before their norm and one update in 16 bits; the stream between two updates.
+        return 4 * maths.compute.itemsize + maths.residual.itemsize
+    # The same queries and keys; the float32 inputs of the three norms, of which a float32 stream is the first.
+    return 3 * maths.compute.itemsize + 4 * (2 if maths.residual == torch.float32 else 3)
+
+
+def _kept_per_text_row(maths: BlockMaths) -> int:
+    """Bytes a text row: keys and values, keys before their norm, the adapters' rank activations."""
+    adapters = len(set(maths.adapted) & set(_TEXT_LAYERS)) * maths.rank
+    return maths.compute.itemsize * (3 * maths.sizes.dim + adapters)
+
+
+def _kept_once(maths: BlockMaths) -> int:
+    """Bytes of both factors of every adapter in the compute dtype: copies of the float32 ones."""
+    if maths.compute == torch.float32:
+        return 0
+    widths = dict.fromkeys(ADAPTABLE, 2 * maths.sizes.dim)
+    widths |= dict.fromkeys(("ffn.0", "ffn.2"), maths.sizes.dim + maths.sizes.ffn_dim)
+    return maths.compute.itemsize * maths.rank * sum(widths[name] for name in maths.adapted)

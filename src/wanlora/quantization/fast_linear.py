@@ -1,0 +1,99 @@
+"""A frozen linear layer that multiplies in eight bits, forward and backward.
+
+Its weight is e4m3 with one scale for each output: W = s W8. Forward quantises every token and multiplies:
+
+    y = x W^T + b = scale_x s (x8 W8^T) + b
+
+The gradient of the input needs the sum over outputs, along which s varies, so s cannot be applied afterwards. It is
+multiplied into the gradient before that is quantised:
+
+    dx = g W = (g s) W8
+
+Cards multiply 8-bit matrices only if both lie along the summed side, so W8 is transposed for backward, where it is used
+and for as long as it is used: one pass over a byte per weight, about 10 ms of a training step of the 14B model. Keeping
+the transposed weights instead would take the memory of a second model.
+
+Nothing is saved but the weight and its scales, which backward reads where they are by then (see `linear.py`). With
+`kernel` None a layer computes as `Fp8Linear` does, on the same weight.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wanlora.quantization.linear import Fp8Linear
+from wanlora.quantization.scaled_matmul import Kernel, fits, quantize_rows, scaled_matmul
+
+
+class _ScaledLinear(torch.autograd.Function):
+    """y = x W^T + b and dx = g W in eight bits; W = weight * scale with one scale per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kernel: Kernel) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.kernel = kernel
+        x8, scale_x = quantize_rows(x.flatten(0, -2))
+        out = scaled_matmul(x8, scale_x, weight, scale.flatten(), bias, dtype=x.dtype, kernel=kernel)
+        return out.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        weight, scale = ctx.saved_tensors
+        grad8, scale_grad = quantize_rows(grad.flatten(0, -2).float() * scale.flatten())
+        across = weight.t().contiguous()
+        ones = torch.ones(across.shape[0], device=grad.device)
+        out = scaled_matmul(grad8, scale_grad, across, ones, None, dtype=grad.dtype, kernel=ctx.kernel)
+        return out.unflatten(0, grad.shape[:-1]), None, None, None, None
+
+
+class FastFp8Linear(Fp8Linear):
+    """y = x W^T + b with a frozen fp8 weight, multiplied in eight bits.
+
+    `weight` e4m3 [out, in], both multiples of 16; `scale` float32 [out, 1, 1]; `bias` [out] in the compute dtype, or
+    None. `kernel` says how (see `scaled_matmul.py`); None turns fp8 maths off and the weight is widened instead.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        *,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        kernel: Kernel | None,
+    ) -> None:
+        if weight.dtype is not torch.float8_e4m3fn or not fits(*weight.shape):
+            raise ValueError(f"fp8 maths want e4m3 weights with sides of 16, not {weight.dtype} {tuple(weight.shape)}")
+        if scale.shape != (weight.shape[0], 1, 1):
+            raise ValueError(f"fp8 maths want one scale for each output, not a scale of shape {tuple(scale.shape)}")
+        super().__init__(weight, scale, bias, compute_dtype=compute_dtype)
+        self.kernel = kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] to [..., out]."""
+        if self.kernel is None:
+            return super().forward(x)
+        out: Tensor = _ScaledLinear.apply(x, self.weight, self.scale, self.bias, self.kernel)
+        return out
+
+
+def fast_layers(model: nn.Module) -> dict[str, FastFp8Linear]:
+    """The layers of `model` that multiply in eight bits, by module path."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, FastFp8Linear)}
+    return {name: layer for name, layer in found.items() if layer.kernel is not None}
+
+
+@contextmanager
+def wide_maths(layers: Iterable[FastFp8Linear]) -> Iterator[None]:
+    """Within the block these layers widen their weights and multiply as `Fp8Linear` does."""
+    before = [(layer, layer.kernel) for layer in layers]
+    for layer, _ in before:
+        layer.kernel = None
+    try:
+        yield
+    finally:
+        for layer, kernel in before:
+            layer.kernel = kernel

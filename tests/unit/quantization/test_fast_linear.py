@@ -1,0 +1,136 @@
+"""The linear that multiplies in fp8: near the plain one, forward and backward, and keeping nothing wide."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.compilers import make_boxed_compiler
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+from tests.unit.quantization.test_fp8_linear import forward_and_gradient, recorded_saves
+from wanlora.quantization.blockwise import quantize_blockwise
+from wanlora.quantization.fast_linear import FastFp8Linear, fast_layers, wide_maths
+from wanlora.quantization.linear import Fp8Linear
+
+
+def make_linear(num_in: int = 128, num_out: int = 96, dtype: torch.dtype = torch.float32) -> FastFp8Linear:
+    """Outputs of very different sizes, as modulated layers have them."""
+    torch.manual_seed(0)
+    weight = torch.randn(num_out, num_in) * torch.logspace(-3, 0, num_out)[:, None] * num_in**-0.5
+    fp8, scale = quantize_blockwise(weight, num_in)
+    return FastFp8Linear(fp8, scale, torch.randn(num_out).to(dtype), compute_dtype=dtype, kernel="emulated")
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).float().norm() / exact.float().norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 128), (2, 37, 128), (50, 128)])
+def test_output_and_input_gradient_are_near_those_of_plain_maths(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    linear = make_linear(dtype=dtype)
+    x = torch.randn(shape).to(dtype)
+    ours = forward_and_gradient(linear, x)
+    with wide_maths([linear]):
+        plain = forward_and_gradient(linear, x)
+    for found, exact in zip(ours, plain, strict=True):
+        assert (found.shape, found.dtype) == (exact.shape, dtype)
+        assert 0 < relative(found, exact) < 0.045
+
+
+def test_only_what_is_rounded_differs() -> None:
+    """Numbers that e4m3 has pass without any error, and so do gradients."""
+    linear = make_linear()
+    linear.scale.data = torch.exp2(torch.arange(96) % 7).reshape(96, 1, 1)
+    x = torch.randint(-8, 9, (5, 128)).float()
+    x[:, 0] = 448.0
+    x.requires_grad_()
+    grad = torch.randint(-7, 8, (5, 96)).float()
+    grad[:, 6] = 7.0  # 448 after the scale of its output
+    results = []
+    for layers in ((), (linear,)):
+        with wide_maths(layers):
+            out = linear(x)
+            results.append((out.detach(), *torch.autograd.grad(out, x, grad)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-2)
+
+
+def test_one_tokens_outlier_leaves_the_others_as_they_are() -> None:
+    linear = make_linear()
+    x = torch.randn(6, 128)
+    calm = linear(x)
+    x[2, 5] = 1e6
+    assert torch.equal(linear(x)[[0, 1, 3, 4, 5]], calm[[0, 1, 3, 4, 5]])
+
+
+def test_nothing_is_kept_for_backward_but_the_weight_and_it_is_read_where_it_is_by_then() -> None:
+    linear = make_linear()
+    x = torch.randn(5, 128)
+    expected = forward_and_gradient(linear, x)[1]
+    x.requires_grad_()
+    with recorded_saves() as kept:
+        loss = linear(x).square().sum()
+    assert {tensor.data_ptr() for tensor in kept[:2]} == {linear.weight.data_ptr(), linear.scale.data_ptr()}
+    linear.weight.data, old = linear.weight.data.clone(), linear.weight.data
+    old.view(torch.uint8).zero_()
+    loss.backward()
+    assert x.grad is not None and torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
+def test_it_compiles_into_one_graph_for_any_number_of_tokens_that_keeps_weights_as_they_are(backend: str) -> None:
+    network = nn.Sequential(make_linear(), nn.GELU(), make_linear(96, 128))
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend=backend, fullgraph=True, dynamic=True)
+    for num_tokens in (4, 11):
+        x = torch.randn(num_tokens, 128)
+        expected = forward_and_gradient(network, x)
+        with recorded_saves() as kept:
+            result = forward_and_gradient(compiled, x)
+        torch.testing.assert_close(result, expected)
+        weights = [tensor for tensor in kept if tensor.shape in {(96, 128), (128, 96)}]
+        own = {parameter.data_ptr() for parameter in network.parameters()}
+        assert len(weights) == 2 and {tensor.data_ptr() for tensor in weights} <= own
+
+
+def test_a_shared_input_is_rounded_once_in_a_compiled_graph() -> None:
+    queries, keys = make_linear(), make_linear()
+    roundings: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        casts = [node for node in graph.graph.nodes if torch.float8_e4m3fn in (*node.args, *node.kwargs.values())]
+        roundings.append(len(casts))
+        return graph
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=make_boxed_compiler(count), partition_fn=min_cut_rematerialization_partition)
+    x = torch.randn(4, 128, requires_grad=True)
+    torch.compile(lambda x: queries(x) + keys(x), backend=backend, fullgraph=True)(x)
+    assert roundings == [1]
+
+
+def test_turning_fp8_maths_off_is_the_plain_layer_to_the_bit() -> None:
+    linear = make_linear()
+    plain = Fp8Linear(linear.weight, linear.scale, linear.bias, compute_dtype=torch.float32)
+    x = torch.randn(3, 128)
+    holder = nn.Sequential(linear, plain)
+    assert list(fast_layers(holder)) == ["0"]
+    with wide_maths([linear]):
+        assert fast_layers(holder) == {}
+        for found, expected in zip(forward_and_gradient(linear, x), forward_and_gradient(plain, x), strict=True):
+            assert torch.equal(found, expected)
+    assert linear.kernel == "emulated"
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale"),
+    [
+        (torch.zeros(96, 100).to(torch.float8_e4m3fn), torch.ones(96, 1, 1)),
+        (torch.zeros(96, 128).to(torch.float8_e5m2), torch.ones(96, 1, 1)),
+        (torch.zeros(96, 128).to(torch.float8_e4m3fn), torch.ones(96, 2, 1)),
+        (torch.zeros(96, 128).to(torch.float8_e4m3fn), torch.ones(1, 1, 1)),
+    ],
+)
+def test_weights_that_cannot_be_multiplied_so_are_refused(weight: Tensor, scale: Tensor) -> None:
+    with pytest.raises(ValueError, match="fp8 maths want"):
+        FastFp8Linear(weight, scale, kernel="emulated")
