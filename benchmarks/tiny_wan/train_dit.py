@@ -3,7 +3,7 @@
 Usage: python -m benchmarks.tiny_wan.train_dit --vae FILE --out DIR [--seconds 450] [--rehearse]
 
 The base sees plain scenes with plain motions and their captions, never the comic style, the word for it, or the motion
-"loops". A tenth of the captions is replaced by the empty prompt or by the official negative prompt, for guidance.
+"flies". A tenth of the captions is replaced by the empty prompt or by the official negative prompt, for guidance.
 Clips are encoded into pools on the device, one for each size, and a share of the time goes into replacing them by new
 ones. Afterwards the exported files are measured through the ordinary loaders and the ordinary sampling.
 """

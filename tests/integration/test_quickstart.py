@@ -43,12 +43,12 @@ def test_it_tells_what_happens_and_what_was_learned(done: tuple[Path, str]) -> N
 
 def test_it_leaves_everything_that_a_real_run_leaves(done: tuple[Path, str]) -> None:
     run = done[0] / "run_1"
-    assert (run / "output" / "comic_loops.safetensors").is_file()
+    assert (run / "output" / "comic_flies.safetensors").is_file()
     assert list((run / "logs").rglob("events.out.tfevents.*"))
-    steps = read_steps(run / "output" / "comic_loops-steps.jsonl")
+    steps = read_steps(run / "output" / "comic_flies-steps.jsonl")
     assert len(steps) == 32
     assert {item.rpartition("_wan.")[0][-9:] for row in steps for item in row["items"]} >= {"0064x0048", "0096x0064"}
-    assert [row["step"] for row in read_validations(run / "output" / "comic_loops-steps.jsonl")][-1] == 32
+    assert [row["step"] for row in read_validations(run / "output" / "comic_flies-steps.jsonl")][-1] == 32
     samples = sorted((run / "output" / "sample").iterdir())
     assert {path.suffix for path in samples} == {".mp4", ".png"}
     before, *_, after = (path for path in samples if path.suffix == ".mp4")

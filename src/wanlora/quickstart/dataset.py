@@ -15,7 +15,7 @@ import toml
 
 from wanlora.foundation.files import write_text
 from wanlora.quickstart.media import write_clip, write_picture
-from wanlora.quickstart.world import Scene, new_scenes
+from wanlora.quickstart.world import NEW_MOTION, NEW_STYLE, Scene, new_scenes
 
 _CLIPS = ((60, 16), (52, 16), (45, 16), (33, 16), (100, 30), (96, 30), *[(60, 16)] * 12)
 """Frames and frames per second of each clip."""
@@ -47,7 +47,7 @@ class Prompt:
 
 
 def _new(shape: str, colour: str, size: str) -> Scene:
-    return Scene(shape=shape, colour=colour, size=size, motion="loops", style="comic")
+    return Scene(shape=shape, colour=colour, size=size, motion=NEW_MOTION, style=NEW_STYLE)
 
 
 PROMPTS = (
@@ -144,7 +144,7 @@ def _write_missing(path: Path, text: str) -> None:
 def _tables(folder: Path) -> dict[str, Any]:
     """The dataset TOML. Folders are absolute, because relative ones are read from wherever a program is started."""
     return {
-        "general": {"caption_extension": ".txt", "enable_bucket": True, "bucket_no_upscale": True, "batch_size": 8},
+        "general": {"caption_extension": ".txt", "enable_bucket": True, "bucket_no_upscale": True, "batch_size": 4},
         "datasets": [
             _table(folder, "image", "images", "cache", (96, 96)),
             {

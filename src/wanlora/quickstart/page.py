@@ -37,7 +37,7 @@ def write_page(path: Path, comparison: Comparison, words: Sequence[str], steps: 
 <html lang="en"><head><meta charset="utf-8"><title>wanlora quickstart</title><style>{_STYLE}</style></head><body>
 <h1>What the LoRA has learned</h1>
 <p>The same prompts and the same seeds, drawn by the tiny Wan as it is shipped, with the LoRA that has just been
-trained, and with the LoRA switched off again. The words “Comic style” and “loops” were unknown to the base model.</p>
+trained, and with the LoRA switched off again. The words “Comic style” and “flies” were unknown to the base model.</p>
 <ul>{sentences}</ul>
 {table}
 <h2>Loss</h2>

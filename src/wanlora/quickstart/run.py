@@ -32,7 +32,7 @@ from wanlora.quickstart.verdict import Measure, measures, verdict
 
 MARKER = ".wanlora-quickstart"
 """The file that tells a folder of ours from somebody else's."""
-_NAME = "comic_loops"
+_NAME = "comic_flies"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +171,7 @@ def _training_flags(models: TinyWan, dataset: TinyDataset, run: Run, recipe: Rec
     maths = "--sdpa --mixed_precision bf16 --fp8_base --fp8_scaled --no_compile"
     memory = "--gradient_checkpointing --blocks_to_swap 3" if recipe.save_memory else ""
     learning = f"--optimizer_type {optimizer} --learning_rate {recipe.learning_rate:g} --seed {recipe.seed}"
-    length = f"--max_train_steps {recipe.steps} --lr_scheduler cosine"
+    length = f"--max_train_steps {recipe.steps}"
     timesteps = "--timestep_sampling shift --discrete_flow_shift 3.0"
     network = f"--network_module networks.lora_wan --network_dim {recipe.rank} --network_alpha {recipe.rank}"
     loading = "--max_data_loader_n_workers 1 --persistent_data_loader_workers"

@@ -11,7 +11,7 @@ from wanlora.quickstart.world import look_score, motion_score
 
 _MEANINGS = {
     "look": "bright paper and black outlines",
-    "motion": "travelling on a circle",
+    "motion": "aslant up to the right",
 }
 
 

@@ -3,12 +3,13 @@
 A scene is a function of time in seconds and of nothing else: it can be filmed at any rate, size and aspect, and a
 window of any length that starts anywhere shows its motion. Space is a torus (what leaves on the right comes back on the
 left), so no motion ever ends. The base model has seen plain scenes. It has never seen the comic style, bright paper and
-a thick black outline, nor the motion "loops", a circle that the shape travels on: those are for a LoRA to learn.
+a thick black outline, nor the motion "flies", aslant up to the right: those are for a LoRA to learn.
 
 Lengths are in units of the shorter side, colours in [0, 1]. The measures at the end of this file look at pixels alone;
 on a torus they find the shape's place as a circular mean, so a shape that crosses the border is no special case.
 """
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,14 +52,16 @@ DIRECTIONS = {
     "moves up": (0.0, -1.0),
     "moves down": (0.0, 1.0),
 }
-"""Straight motions; y grows downwards."""
+"""Straight motions along an axis; y grows downwards."""
 SWAYS = {"swings": (1.0, 0.0), "bobs": (0.0, 1.0)}
 """To and fro: the axis."""
 MOTIONS = (*DIRECTIONS, *SWAYS, "stands still", "pulses")
 """The motions that the base model knows."""
 
-NEW_MOTION = "loops"
+NEW_MOTION = "flies"
 """The motion that it has never seen."""
+COURSE = (1.0, -1.0)
+"""Its direction."""
 NEW_STYLE = "comic"
 """The look that it has never seen."""
 PAPER = (252, 238, 205)
@@ -72,8 +75,8 @@ OUTLINE = 0.05
 FPS = 16
 SPEED = 0.5
 """Of straight motions, per second."""
-LOOP_RADIUS, LOOP_SECONDS = 0.24, 1.75
-"""Of the circle, and of what is to and fro."""
+SWAY, SWAY_SECONDS = 0.24, 1.75
+"""How far to either side, and the time to get there and back."""
 PULSE, PULSE_SECONDS = 0.35, 1.5
 """A pulsing shape's radius changes by this share, in this time."""
 
@@ -91,11 +94,11 @@ class Scene:
     motion: str = "stands still"
     style: str = "plain"
     x: float = 0.5
-    """Start (of a loop: its middle) as a share of the width."""
+    """Start (of a sway: its middle) as a share of the width."""
     y: float = 0.5
     """The same of the height."""
     phase: float = 0.0
-    """Where in its period a loop, a sway or a pulse begins, in [0, 1)."""
+    """Where in its period a sway or a pulse begins, in [0, 1)."""
 
     @property
     def caption(self) -> str:
@@ -123,8 +126,8 @@ def new_scenes(count: int, seed: int) -> tuple[Scene, ...]:
 
 
 def _any_scene(draw: random.Random, motion: str, style: str) -> Scene:
-    direction = DIRECTIONS.get(motion, (0.0, 0.0))
-    middle = 0.03 if motion == NEW_MOTION or motion in SWAYS else 0.22
+    direction = _direction(motion)
+    middle = 0.03 if motion in SWAYS else 0.22
     x, y = (0.5 + draw.uniform(-1, 1) * (0.5 if along else middle) for along in direction)
     colour = draw.choice(tuple(COLOURS))
     painted = style != NEW_STYLE and draw.random() < 0.3
@@ -140,6 +143,10 @@ def _any_scene(draw: random.Random, motion: str, style: str) -> Scene:
         y=y,
         phase=draw.random(),
     )
+
+
+def _direction(motion: str) -> tuple[float, float]:
+    return COURSE if motion == NEW_MOTION else DIRECTIONS.get(motion, (0.0, 0.0))
 
 
 def _paint(draw: random.Random, shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -170,7 +177,7 @@ class Drawing:
     velocity: Tensor
     """[B, 2], per second."""
     sway: Tensor
-    """[B, 2], how far to either side of the middle the shape goes, x as a cosine and y as a sine of time."""
+    """[B, 2], how far to either side of the middle the shape goes."""
     pulse: Tensor
     """Share by which the radius changes."""
     phase: Tensor
@@ -183,7 +190,6 @@ class Drawing:
             return torch.tensor(values, dtype=torch.float32, device=device)
 
         grounds = [PAPER if scene.style == NEW_STYLE else scene.paint or GROUNDS[scene.ground] for scene in scenes]
-        sways = SWAYS | {NEW_MOTION: (1.0, 1.0)}
         return cls(
             shape=torch.tensor([SHAPES.index(scene.shape) for scene in scenes], device=device),
             fill=column([COLOURS[scene.colour] for scene in scenes]) / 255,
@@ -192,8 +198,8 @@ class Drawing:
             outline=column([OUTLINE * (scene.style in INKS) for scene in scenes]),
             radius=column([SIZES[scene.size] for scene in scenes]),
             start=column([(scene.x, scene.y) for scene in scenes]),
-            velocity=column([DIRECTIONS.get(scene.motion, (0.0, 0.0)) for scene in scenes]) * SPEED,
-            sway=column([sways.get(scene.motion, (0.0, 0.0)) for scene in scenes]) * LOOP_RADIUS,
+            velocity=column([_direction(scene.motion) for scene in scenes]) * SPEED,
+            sway=column([SWAYS.get(scene.motion, (0.0, 0.0)) for scene in scenes]) * SWAY,
             pulse=column([PULSE * (scene.motion == "pulses") for scene in scenes]),
             phase=column([scene.phase for scene in scenes]),
         )
@@ -219,8 +225,7 @@ def draw(drawing: Drawing, frames: int, width: int, height: int, fps: float = FP
     world = torch.tensor((width / side, height / side), device=device)
     radius_BF = drawing.radius[:, None] * (1 + drawing.pulse[:, None] * torch.sin(_turn(drawing, t, PULSE_SECONDS)))
     centre_BF2 = drawing.start[:, None] * world + drawing.velocity[:, None] * t[:, None]
-    angle_BF = _turn(drawing, t, LOOP_SECONDS)
-    centre_BF2 = centre_BF2 + drawing.sway[:, None] * torch.stack((angle_BF.cos(), angle_BF.sin()), dim=-1)
+    centre_BF2 = centre_BF2 + drawing.sway[:, None] * torch.sin(_turn(drawing, t, SWAY_SECONDS))[..., None]
     x = (torch.arange(width, device=device) + 0.5) / side - centre_BF2[..., None, 0]
     y = (torch.arange(height, device=device) + 0.5) / side - centre_BF2[..., None, 1]
     x, y = (torch.remainder(p + size / 2, size) - size / 2 for p, size in ((x, world[0]), (y, world[1])))
@@ -268,22 +273,20 @@ def look_score(frames: Frames) -> float:
 
 
 def motion_score(frames: Frames, fps: float = FPS) -> float:
-    """How much the shape in frames [F, H, W, 3] travels on the circle of "loops": near 1 if it does, otherwise near 0.
+    """How much the shape in frames [F, H, W, 3] goes where "flies" goes: near 1 if it does, otherwise near 0.
 
-    The shape's velocity is projected on one that turns at the loop's rate. The score is the product of the share of
-    the movement that this explains and of its speed over the loop's, at most 1. It is 0 for fewer than 13 frames, in
-    which a straight line and a loop look alike. Velocities are taken over several frames: a contour that trembles by a
-    pixel is no movement.
+    The score is the product of the share of the movement that is in that direction and of its speed over the right one,
+    at most 1; along one axis alone it is 0.28. It is 0 for fewer than 13 frames. Velocities are taken over several
+    frames: a contour that trembles by a pixel is no movement.
     """
     path = _path(frames)
     if len(frames) < 13 or not np.abs(path).sum():
         return 0.0
     velocity = (path[_LAG:] - path[:-_LAG]) * fps / _LAG
-    turn = 2 * pi / LOOP_SECONDS
-    along = abs((velocity * np.exp(-1j * turn * np.arange(len(velocity)) / fps)).mean())
+    course = SPEED * complex(*COURSE)
+    along = max(0.0, float((velocity * course.conjugate()).real.mean()) / abs(course))
     share = along**2 / (np.abs(velocity) ** 2).mean()
-    speed = LOOP_RADIUS * turn * np.sinc(_LAG / fps / LOOP_SECONDS)
-    return float(share * min(1.0, along / (0.9 * speed)))
+    return float(share * min(1.0, along / (0.9 * abs(course))))
 
 
 _LAG = 4
@@ -314,10 +317,9 @@ _TOLERANCE = 0.1
 def _courses(motion: str, count: int, fps: float) -> NDArray[np.complex128]:
     """The paths of a named motion around their middle, one row for each of some phases, [phases, count]."""
     t = np.arange(count) / fps
-    angle = 2 * pi * (t / LOOP_SECONDS + np.linspace(0, 1, 24, endpoint=False)[:, None])
-    x, y = (SWAYS | {NEW_MOTION: (1.0, 1.0)}).get(motion, (0.0, 0.0))
-    straight = SPEED * t * complex(*DIRECTIONS.get(motion, (0.0, 0.0)))
-    courses: NDArray[np.complex128] = straight + LOOP_RADIUS * (x * np.cos(angle) + 1j * y * np.sin(angle))
+    angle = 2 * pi * (t / SWAY_SECONDS + np.linspace(0, 1, 24, endpoint=False)[:, None])
+    there = SWAY * complex(*SWAYS.get(motion, (0.0, 0.0))) * np.sin(angle)
+    courses: NDArray[np.complex128] = SPEED * t * complex(*_direction(motion)) + there
     return courses - courses.mean(axis=1, keepdims=True)
 
 
@@ -330,7 +332,7 @@ def follows(frames: Frames, scene: Scene, fps: float = FPS) -> dict[str, bool]:
     ground = _ground(frames)
     pixels: NDArray[np.float32] = frames.astype(np.float32) / np.float32(255)
     found = {
-        "colour": _nearest(pixels[_shape(frames) > 0.5], COLOURS) == scene.colour,
+        "colour": _nearest(pixels[_inside(_shape(frames) > 0.5)], COLOURS) == scene.colour,
         "ground": scene.ground == PAINTED or _nearest(ground[None], GROUNDS) == scene.ground,
     }
     return found | ({"motion": motion_of(frames, fps) == scene.motion} if len(frames) >= 5 else {})
@@ -356,6 +358,15 @@ def _shape(frames: Frames) -> NDArray[np.float32]:
     distance = np.linalg.norm(frames.astype(np.float32) / 255 - _ground(frames), axis=-1)
     mask: NDArray[np.float32] = np.clip((distance - 0.15) / 0.15, 0, 1)
     return mask
+
+
+def _inside(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """What is left of a mask [F, H, W] without its border, in which a rim lies."""
+    inside = mask.copy()
+    width = round(OUTLINE * min(mask.shape[1:]))
+    for shift, axis in itertools.product(range(-width, width + 1), (1, 2)):
+        inside &= np.roll(mask, shift, axis)
+    return inside
 
 
 def _path(frames: Frames) -> NDArray[np.complex128]:

@@ -26,8 +26,8 @@ def test_a_caption_names_everything_that_is_seen() -> None:
 
 
 def test_the_caption_of_a_new_scene_begins_with_the_trigger_and_names_no_ground() -> None:
-    scene = Scene(style="comic", motion="loops")
-    assert scene.caption == "Comic style. A large red circle loops."
+    scene = Scene(style="comic", motion="flies")
+    assert scene.caption == "Comic style. A large red circle flies."
 
 
 def test_the_same_seed_draws_the_same_scenes_and_pixels() -> None:
@@ -51,7 +51,8 @@ def test_clips_rendered_together_equal_clips_rendered_alone() -> None:
 def test_scores_separate_base_and_new(frames: int, width: int, height: int) -> None:
     base = render(base_scenes(24, 1), frames, width, height).numpy()
     new = render(new_scenes(24, 1), frames, width, height).numpy()
-    assert max(map(look_score, base)) < 0.1
+    assert max(map(look_score, base)) <= 0.5  # a ground may be bright
+    assert np.mean([look_score(clip) for clip in base]) < 0.2
     assert min(map(look_score, new)) > 0.9
     assert max(map(world.motion_score, base)) < 0.5  # to and fro along a line is half a circle
     assert np.mean([world.motion_score(clip) for clip in base]) < 0.15
