@@ -50,7 +50,7 @@ class BlockMaths:
     adapted: Collection[str] = ADAPTABLE
     """Layers of a block that have an adapter, names of `ADAPTABLE`."""
     text_rows: int = 512
-    """Rows of text that cross attention looks at."""
+    """Rows of text that are computed; cross attention looks at `text_len`, those that stand for many written out."""
 
 
 def recomputed_block(maths: BlockMaths, tokens: int, batch: int = 1) -> int:
@@ -60,7 +60,7 @@ def recomputed_block(maths: BlockMaths, tokens: int, batch: int = 1) -> int:
 
 def kept_block(maths: BlockMaths, tokens: int, batch: int = 1) -> int:
     """Bytes that a block holds from forward to backward if it is kept, its input included."""
-    rows = tokens * _kept_per_token(maths) + maths.text_rows * _kept_per_text_row(maths)
+    rows = tokens * _kept_per_token(maths) + _kept_of_text(maths)
     return recomputed_block(maths, tokens, batch) + batch * rows + _kept_once(maths)
 
 
@@ -125,10 +125,11 @@ def _stream_and_norms(maths: BlockMaths) -> int:
     return 3 * maths.compute.itemsize + 4 * (2 if maths.residual == torch.float32 else 3)
 
 
-def _kept_per_text_row(maths: BlockMaths) -> int:
-    """Bytes a text row: keys and values, keys before their norm, the adapters' rank activations."""
+def _kept_of_text(maths: BlockMaths) -> int:
+    """Bytes of a text: keys and values of all rows; of computed ones keys before their norm and rank activations."""
     adapters = len(set(maths.adapted) & set(_TEXT_LAYERS)) * maths.rank
-    return maths.compute.itemsize * (3 * maths.sizes.dim + adapters)
+    keys_and_values = maths.sizes.text_len * 2 * maths.sizes.dim
+    return maths.compute.itemsize * (keys_and_values + maths.text_rows * (maths.sizes.dim + adapters))
 
 
 def _kept_once(maths: BlockMaths) -> int:

@@ -14,7 +14,7 @@ from wanlora.memory.footprint import ADAPTABLE, BlockMaths, kept_block, recomput
 from wanlora.memory.resting import WeightFormats, adapter_parameters, block_weights, outer_weights
 from wanlora.models.wan.spec import TASKS, WanSizes
 
-SIZES = WanSizes(dim=256, ffn_dim=704, num_layers=1)
+SIZES = WanSizes(dim=256, ffn_dim=704, num_layers=1, text_len=48)
 SMALL = BlockMaths(sizes=SIZES, compiled=False, fp8=True, rank=8, text_rows=24)
 WAN_14B = TASKS["t2v-14B"].sizes
 GIB = 2**30
@@ -34,6 +34,11 @@ def test_an_eager_block_holds_what_is_foretold(residual: torch.dtype, adapted: t
 def test_an_eager_block_in_float32_holds_what_is_foretold() -> None:
     maths = replace(SMALL, compute=torch.float32)
     assert _on_cpu(maths, batch=1) == pytest.approx(held_bytes(maths), rel=0.01)
+
+
+def test_a_text_without_padding_holds_what_is_foretold() -> None:
+    maths = replace(SMALL, text_rows=SIZES.text_len)
+    assert _on_cpu(maths, batch=2) == pytest.approx(held_bytes(maths, batch=2), rel=0.01)
 
 
 def test_weights_that_are_not_eight_bits_wide_change_nothing() -> None:
