@@ -7,6 +7,7 @@ from pathlib import Path
 
 import wanlora
 from wanlora.cli.entry import run_command
+from wanlora.cli.plan import command as plan_command
 from wanlora.cli.train_network import choices
 from wanlora.config.options_doc import options_markdown
 from wanlora.quickstart.run import quickstart
@@ -21,6 +22,10 @@ def command(argv: Sequence[str]) -> int:
     quick.add_argument("--out", type=Path, default=Path("quickstart"), help="folder to write to (default: quickstart)")
     quick.add_argument("--debug", action="store_true", help="show tracebacks")
     commands.add_parser("options", help="print every flag and dataset key as Markdown (docs/options.md)")
+    plan = "say what a training run will need, on this card or a named one; takes the trainer's flags"
+    commands.add_parser("plan", help=plan, add_help=False)
+    if argv[:1] == ["plan"]:
+        return plan_command(argv[1:])
     arguments = parser.parse_args(argv)
     if arguments.command == "quickstart":
         return quickstart(arguments.out)

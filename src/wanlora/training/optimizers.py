@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from wanlora.config.train import OptimizerConfig
@@ -26,6 +27,9 @@ Maker = Callable[..., Optimizer]
 
 _UNFIT = (Optimizer, torch.optim.SparseAdam)
 """Classes of torch.optim that take no step on ordinary gradients."""
+
+_TRIAL_SIZE = (256, 1024)
+"""Large enough for what an optimizer keeps once to count for nothing."""
 
 OPTIMIZERS: Registry[Callable[[], Maker]] = Registry("optimizer_type")
 
@@ -146,6 +150,23 @@ def _dotted(path: str) -> Maker:
         if isinstance(found, type) and issubclass(found, Optimizer):
             return found
     raise ConfigError(f"--optimizer_type {path}: {module_name} has no optimizer class {class_name}")
+
+
+def state_bytes(choice: OptimizerChoice) -> float:
+    """Bytes that the optimizer remembers of each trained number, found by a step on a matrix of its own.
+
+    8, two float32 numbers as Adam has them, where the optimizer does not take such a step on the CPU.
+    """
+    matrix = torch.nn.Parameter(torch.ones(_TRIAL_SIZE))
+    matrix.grad = torch.ones_like(matrix)
+    try:
+        optimizer = choice.build([{"params": [matrix], "lr": choice.arguments["lr"], "name": "unet"}])
+        set_mode(optimizer, training=True)
+        optimizer.step()
+    except Exception:  # somebody else's code, on a device that it may not be made for
+        return 8.0
+    remembered = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(value.numel() * value.element_size() for value in remembered) / matrix.numel()
 
 
 def set_mode(optimizer: Optimizer, *, training: bool) -> None:
