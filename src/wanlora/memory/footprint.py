@@ -24,6 +24,8 @@ ADAPTABLE = (
 )
 """The linear layers of a block by their names in it."""
 _TEXT_LAYERS = ("cross_attn.k", "cross_attn.v")
+_SHARING = ({"self_attn.q", "self_attn.k", "self_attn.v"}, set(_TEXT_LAYERS))
+"""Layers that are given the same input."""
 
 _BACKWARD = (4, 3)
 """Bytes a token that the backward of one block has at its peak beyond what the block holds, in units of its two widths
@@ -133,9 +135,13 @@ def _kept_of_text(maths: BlockMaths) -> int:
 
 
 def _kept_once(maths: BlockMaths) -> int:
-    """Bytes of both factors of every adapter in the compute dtype: copies of the float32 ones."""
+    """Bytes of both factors of every adapter in the compute dtype: copies of the float32 ones.
+
+    In float32 only the down factors that are joined, because they share an input, are copies.
+    """
     if maths.compute == torch.float32:
-        return 0
+        joined = [layers for layers in _SHARING if layers <= set(maths.adapted)]
+        return maths.compute.itemsize * maths.rank * maths.sizes.dim * sum(map(len, joined))
     widths = dict.fromkeys(ADAPTABLE, 2 * maths.sizes.dim)
     widths |= dict.fromkeys(("ffn.0", "ffn.2"), maths.sizes.dim + maths.sizes.ffn_dim)
     return maths.compute.itemsize * maths.rank * sum(widths[name] for name in maths.adapted)

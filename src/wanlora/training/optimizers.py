@@ -25,6 +25,8 @@ from wanlora.foundation.registry import Registry
 ParameterGroups = list[dict[str, Any]]
 Maker = Callable[..., Optimizer]
 
+_WAYS = {"fused", "foreach", "capturable", "differentiable"}
+"""Arguments of torch.optim that say how a step is computed."""
 _UNFIT = (Optimizer, torch.optim.SparseAdam)
 """Classes of torch.optim that take no step on ordinary gradients."""
 
@@ -98,6 +100,8 @@ def choose_optimizer(config: OptimizerConfig, arguments: Mapping[str, Any]) -> O
     if "lr" in arguments:
         raise ConfigError("--optimizer_args lr: the learning rate is set by --learning_rate; remove lr")
     chosen: dict[str, Any] = {"lr": config.learning_rate, **arguments}
+    if name.lower() == "adamw" and not _WAYS & set(arguments):
+        chosen["fused"] = True  # the same numbers from one operation instead of a dozen, on every device
     if name.lower() in OPTIMIZERS.names:
         maker = OPTIMIZERS.get(name.lower())()
     else:
