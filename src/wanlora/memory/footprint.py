@@ -2,7 +2,7 @@
 
 Three parts. What rests on the card between steps (`resting.py`). What blocks hold from forward to backward: a block
 that is recomputed holds its input, a block that is kept holds everything that its backward reads. And the workspace,
-which is there once: the backward of one block, whose activations are made again first if it is one that is recomputed.
+which is there once: what the backward of one block computes with.
 
 What a kept block holds is counted, not guessed: the terms below are what autograd (or the partitioner of
 torch.compile, which keeps the cheapest set that it can begin from again) was seen to save of `models/wan/blocks.py`,
@@ -66,11 +66,8 @@ def kept_block(maths: BlockMaths, tokens: int, batch: int = 1) -> int:
     return recomputed_block(maths, tokens, batch) + batch * rows + _kept_once(maths)
 
 
-def workspace(maths: BlockMaths, tokens: int, batch: int = 1, *, recomputes: bool = True) -> int:
-    """Bytes that a step needs at its peak beyond what rests on the card and what its blocks hold.
-
-    With `recomputes` at least one block is recomputed: what it holds meanwhile is included.
-    """
+def workspace(maths: BlockMaths, tokens: int, batch: int = 1) -> int:
+    """Bytes of one block's backward beyond what rests on the card and what blocks hold, a recomputed one included."""
     sizes = maths.sizes
     narrow, wide = _BACKWARD
     bytes_needed = batch * tokens * (narrow * sizes.dim + wide * sizes.ffn_dim) + _LIBRARIES
@@ -78,8 +75,6 @@ def workspace(maths: BlockMaths, tokens: int, batch: int = 1, *, recomputes: boo
     bytes_needed += 4 * tokens * sizes.head_dim  # the rope table
     if maths.fp8:
         bytes_needed += sizes.dim * sizes.ffn_dim * maths.compute.itemsize  # one widened weight
-    if recomputes:
-        bytes_needed += kept_block(maths, tokens, batch) - recomputed_block(maths, tokens, batch)
     return bytes_needed
 
 
@@ -88,15 +83,17 @@ def step_peak(
 ) -> int:
     """Bytes that a step needs beyond what rests on the card, with `num_kept` blocks kept and the others recomputed.
 
-    `gradients` are the bytes of the adapters' gradients. They grow while what blocks hold is let go, so only the
-    larger of both counts, unless gradients of an earlier batch are there from the start (`accumulates`).
+    The kept blocks are the last ones (`checkpointing.py`): backward has let go of one by the time that another is made
+    again, so the first that is kept costs nothing. `gradients` are the bytes of the adapters' gradients. They grow
+    while what blocks hold is let go, so only the larger of both counts, unless gradients of an earlier batch are there
+    from the start (`accumulates`).
     """
-    num_blocks = maths.sizes.num_layers
-    held = num_kept * kept_block(maths, tokens, batch) + (num_blocks - num_kept) * recomputed_block(
-        maths, tokens, batch
-    )
-    held = held + gradients if accumulates else max(held, gradients)
-    return held + workspace(maths, tokens, batch, recomputes=num_kept < num_blocks)
+    kept, held = kept_block(maths, tokens, batch), recomputed_block(maths, tokens, batch)
+    num_recomputed = maths.sizes.num_layers - num_kept
+    at_the_turn = num_kept * kept + num_recomputed * held + (0 if num_kept else kept - held)
+    at_the_end = kept if num_recomputed else held
+    most = max(at_the_turn, at_the_end) + gradients if accumulates else max(at_the_turn, at_the_end + gradients)
+    return most + workspace(maths, tokens, batch)
 
 
 def _kept_per_token(maths: BlockMaths) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from wanlora.memory.cards import Card, step_seconds
 from wanlora.memory.flops import Flops, step_flops
-from wanlora.memory.footprint import BlockMaths, recomputed_block, step_peak, workspace
+from wanlora.memory.footprint import BlockMaths, kept_block, recomputed_block, step_peak, workspace
 from wanlora.memory.resting import WeightFormats, block_weights, linear_sizes, outer_weights
 
 _OFFLOADED_INPUTS = 2
@@ -82,15 +82,15 @@ class Outlook:
     def step(self, load: Load) -> dict[str, int]:
         """Bytes that a step adds at its peak, by what holds them."""
         tokens, batch = load.tokens, load.batch
-        recomputes = self.kept < self.num_blocks
-        return {
-            "held for backward": self._peak(load) - workspace(self.maths, tokens, batch, recomputes=recomputes),
-            "one block at work": workspace(self.maths, tokens, batch, recomputes=recomputes),
-        }
+        work = workspace(self.maths, tokens, batch)
+        if self.kept < self.num_blocks:
+            work += kept_block(self.maths, tokens, batch) - recomputed_block(self.maths, tokens, batch)
+        work = min(work, self._peak(load))
+        return {"held for backward": max(self._peak(load), self._update()) - work, "one block at work": work}
 
-    def peak(self, load: Load) -> int:
-        """Bytes that tensors hold at most while a batch is trained on."""
-        return sum(self.resting().values()) + max(self._peak(load), self._update())
+    def peak(self, load: Load, kept: int | None = None) -> int:
+        """Bytes that tensors hold at most while a batch is trained on, with so many blocks kept (default: `kept`)."""
+        return sum(self.resting().values()) + max(self._peak(load, kept), self._update())
 
     def most_kept(self, load: Load, room: int) -> int:
         """Of the blocks that stay on the card, how many can keep what they compute within `room` bytes."""
