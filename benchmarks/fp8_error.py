@@ -8,8 +8,8 @@ losses and the cosine of the two gradients are noted, and for the first batch of
 
 `14B`: Wan's sizes and random weights, the reference mix of random latents; it wants a card with 40 GB, and without one
 it rehearses on a small model. `tiny`: the trained weights of `tiny_wan` on clips of the small world in a look and a
-motion that are new to it, as a user's LoRA has it, four in a batch; it also runs on a CPU, where fp8 maths are emulated.
-A third LoRA there has the unquantised weights, to show what fp8 weights alone change.
+motion that are new to it, as a user's LoRA has it, four in a batch; it also runs on a CPU, where fp8 maths are
+emulated. A third LoRA there has the unquantised weights, to show what fp8 weights alone change.
 """
 
 import argparse
