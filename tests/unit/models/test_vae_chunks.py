@@ -64,7 +64,7 @@ def test_a_batch_equals_its_clips_one_by_one(vae: WanVAE) -> None:
 
 def test_the_latents_of_a_beginning_do_not_depend_on_what_follows(vae: WanVAE) -> None:
     pixels = random_clip(1, 3, 17, 16, 8)
-    assert torch.equal(vae.encode(pixels)[:, :, :2], vae.encode(pixels[:, :, :5]))
+    assert torch.equal(vae.encode(pixels, chunk=1)[:, :, :2], vae.encode(pixels[:, :, :5], chunk=1))
 
 
 def test_later_frames_are_not_encoded_as_pictures(vae: WanVAE) -> None:
@@ -115,6 +115,36 @@ def test_bfloat16_stays_near_float32() -> None:
 def test_pixels_in_another_number_format_are_converted(vae: WanVAE) -> None:
     pixels = random_clip(1, 3, 5, 16, 8)
     assert torch.equal(vae.encode(pixels.double()), vae.encode(pixels))
+
+
+def test_bytes_are_brought_to_minus_one_and_one(vae: WanVAE) -> None:
+    clip = torch.randint(0, 256, (2, 5, 16, 8, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    pixels = clip.permute(0, 4, 1, 2, 3)
+    torch.testing.assert_close(vae.encode(pixels), vae.encode(pixels.contiguous().double() / 127.5 - 1))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("num_frames", [1, 5, 21])
+def test_without_gradients_the_result_is_that_of_the_plain_layers(
+    vae: WanVAE, num_frames: int, memory_format: torch.memory_format
+) -> None:
+    pixels = random_clip(2, 3, num_frames, 16, 16).contiguous(memory_format=memory_format)
+    latents = vae.encode(pixels)
+    cache, plain = ChunkCache(), []
+    for start in range(0, num_frames, 4):
+        cache.begin(first=start == 0, last=start + 1 == num_frames)
+        frames = pixels[:, :, max(0, start - 3) : start + 1].contiguous()
+        with torch.enable_grad():  # the statistics of four channels are left as they are
+            plain.append(vae.conv1(vae.encoder(frames, cache))[:, :4])
+    torch.testing.assert_close(latents, torch.cat(plain, dim=2), atol=1e-5, rtol=1e-5)
+
+
+def test_a_chunk_is_as_large_as_memory_allows_and_no_larger_than_useful() -> None:
+    with torch.device("meta"):
+        vae = WanVAE().bfloat16()
+    assert [vae._chunk_of(width * height) for width, height in ((384, 208), (832, 480), (1280, 720))] == [4, 4, 1]
+    assert vae.float()._chunk_of(832 * 480) == 2
+    assert vae._chunk_of(4 * 1280 * 720) == 1
 
 
 @pytest.mark.parametrize("num_frames", [2, 4, 7])
