@@ -33,10 +33,10 @@ VAE_STD = (
 )
 # fmt: on
 _WHAT = "the Wan 2.1 VAE"
-_AT_ONCE = 1_250_000_000
-"""Bytes that a chunk takes on the encoder's widest level; about four times as much is in use."""
-_LARGEST_CHUNK = 4
-"""Latent frames; more fill a card no better."""
+_AT_ONCE = 650_000_000
+"""Bytes that a chunk takes on the encoder's widest level; three to four times as much is in use."""
+_LARGEST_CHUNK = 2
+"""Latent frames; eight pixel frames of any usual size fill a card."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,8 +32,8 @@ def activate_rows(x: Tensor, gamma: Tensor, out: Tensor) -> bool:
     padded = 1 << (channels - 1).bit_length()
     rows = max(1, _ELEMENTS // padded)
     with torch.cuda.device(x.device):
-        kernel[(-(-clips * rows_per_clip // rows),)](
-            *(x, gamma, out, clips * rows_per_clip, rows_per_clip, out.stride(0), sqrt(channels)),
+        kernel[-(-rows_per_clip // rows), clips](
+            *(x, gamma, out, rows_per_clip, out.stride(0), sqrt(channels)),
             num_channels=channels,
             padded=padded,
             num_rows=rows,
@@ -56,9 +56,7 @@ def _kernel() -> Any:
         from wanlora.models.wan import vae_triton
 
         row = torch.ones(16, device="cuda")
-        vae_triton.activate[(1,)](
-            row, row, torch.empty_like(row), 1, 1, 16, 4.0, num_channels=16, padded=16, num_rows=1
-        )
+        vae_triton.activate[(1,)](row, row, torch.empty_like(row), 1, 16, 4.0, num_channels=16, padded=16, num_rows=1)
     except Exception as error:  # Triton is missing, or fails with errors of many kinds: no compiler, an old card
         reason = str(error).partition("\n")[0] or type(error).__name__
         say_once(f"the VAE's norms run as separate operations, which costs speed: Triton cannot be used ({reason})")

@@ -9,7 +9,6 @@ def activate(  # type: ignore[no-untyped-def]
     x,
     gamma,
     out,
-    all_rows,
     rows_per_clip,
     out_clip_stride,
     gain,
@@ -17,15 +16,15 @@ def activate(  # type: ignore[no-untyped-def]
     padded: tl.constexpr,
     num_rows: tl.constexpr,
 ):
-    """Each program: `num_rows` positions with all their channels."""
+    """Each program: `num_rows` positions of one clip with all their channels."""
+    clip = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * num_rows + tl.arange(0, num_rows)
     channel = tl.arange(0, padded)
-    inside = (row < all_rows)[:, None] & (channel < num_channels)[None, :]
-    value = tl.load(x + row[:, None] * num_channels + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    place = row[:, None] * num_channels + channel[None, :]
+    inside = (row < rows_per_clip)[:, None] & (channel < num_channels)[None, :]
+    value = tl.load(x + clip * rows_per_clip * num_channels + place, mask=inside, other=0.0).to(tl.float32)
     length = tl.maximum(tl.sqrt(tl.sum(value * value, axis=1)), 1e-12)
     weight = tl.load(gamma + channel, mask=channel < num_channels, other=0.0).to(tl.float32) * gain
     normed = value / length[:, None] * weight[None, :]
     activated = normed * tl.sigmoid(normed)
-    clip = row // rows_per_clip
-    start = clip * out_clip_stride + (row - clip * rows_per_clip) * num_channels
-    tl.store(out + start[:, None] + channel[None, :], activated.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + clip * out_clip_stride + place, activated.to(out.dtype.element_ty), mask=inside)
