@@ -6,10 +6,10 @@ Two LoRAs begin alike and see the same batches, noise levels and noise. One is t
 maths, on the same frozen e4m3 weights with a scale per output; each follows its own gradients. After every step the two
 losses and the cosine of the two gradients are noted, and for the first batch of every size the error of each layer.
 
-`14B`: Wan's sizes and random weights, the reference mix of random latents; it wants a card with 40 GB. `tiny`: the
-trained weights of `tiny_wan` on clips of the small world in a look and a motion that are new to it, as a user's LoRA
-has it, four in a batch; it also runs on a CPU, where fp8 maths are emulated. A third LoRA there has the unquantised
-weights, to show what fp8 weights alone change.
+`14B`: Wan's sizes and random weights, the reference mix of random latents; it wants a card with 40 GB, and without one
+it rehearses on a small model. `tiny`: the trained weights of `tiny_wan` on clips of the small world in a look and a
+motion that are new to it, as a user's LoRA has it, four in a batch; it also runs on a CPU, where fp8 maths are
+emulated. A third LoRA there has the unquantised weights, to show what fp8 weights alone change.
 """
 
 import argparse
@@ -227,7 +227,7 @@ def layer_errors(
     with torch.no_grad(), LayerErrors(layers) as errors:
         for index in first.values():
             objective(batches[index], 0, index)
-    found = errors.result()
+    found = {name.removesuffix(".base"): error for name, error in errors.result().items()}
     worst = sorted(found, key=lambda name: -found[name])[:8]
     kinds: dict[str, list[float]] = {}
     for name, error in found.items():

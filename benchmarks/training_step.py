@@ -9,15 +9,11 @@ steps with and without swapping and compares losses and gradient norms bit for b
 """
 
 import argparse
-import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -36,6 +32,7 @@ from benchmarks.figures import (
     swap_costs,
     table,
 )
+from benchmarks.machine import conditions, machine, write_report
 from benchmarks.materials import (
     GEOMETRIES,
     TEXT_TOKENS,
@@ -47,7 +44,6 @@ from benchmarks.materials import (
     make_dataset,
 )
 from benchmarks.runs import ROOT, Clock, Finished, Setting, run_trainer
-from wanlora.foundation.files import write_text
 
 _FP8 = ("--fp8_base", "--fp8_scaled")
 SETTINGS: dict[str, Setting] = {
@@ -60,6 +56,9 @@ SETTINGS: dict[str, Setting] = {
         Setting(name="swap-36", extra="--blocks_to_swap 36"),
         Setting(name="swap-36-eager", extra="--blocks_to_swap 36 --no_compile"),
         Setting(name="bf16-no-swap", without=_FP8),
+        Setting(name="fp8-fast", extra="--fp8_fast"),
+        Setting(name="fp8-fast-swap-10", extra="--fp8_fast --blocks_to_swap 10"),
+        Setting(name="fp8-fast-swap-36", extra="--fp8_fast --blocks_to_swap 36"),
         Setting(name="reference-bf16-residual", extra="--blocks_to_swap 10 --residual_dtype bfloat16"),
         Setting(name="no-swap-bf16-residual", extra="--residual_dtype bfloat16"),
         Setting(name="swap-36-bf16-residual", extra="--blocks_to_swap 36 --residual_dtype bfloat16"),
@@ -83,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     clock = Clock(options.deadline)
     work, weights = (options.work, options.work) if options.work else choose_folders(options.geometry)
-    print(f"{_machine()}; model in {weights}, the rest in {work}", flush=True)
+    print(f"{machine()}; model in {weights}, the rest in {work}", flush=True)
     _make(weights, options.geometry)
     dit = checkpoint_path(weights, options.geometry)
     timed = Materials(dit=dit, dataset=make_dataset(work, options.geometry, options.warmup + options.timed))
@@ -144,7 +143,7 @@ def _time(options: argparse.Namespace, materials: Materials, work: Path, clock: 
             continue
         finished.append(run_trainer(setting, options.geometry, materials, work, num_steps, clock))
         measured = {run.setting.name: figures_by_bucket(run.rows, options.warmup) for run in finished}
-        _write(path, _time_report(options, finished, measured, geometry.buckets))
+        write_report(path, _time_report(options, finished, measured, geometry.buckets))
         print(_summary(options.geometry, finished, measured, geometry.buckets), flush=True)
     return all(run.exit_code == 0 for run in finished)
 
@@ -231,7 +230,7 @@ def _compare(options: argparse.Namespace, materials: Materials, work: Path, cloc
             verdicts[setting.name] = _verdict(finished[0], finished[-1])
         runs = {run.setting.name: {"flags": run.setting.flags, **_course(run)} for run in finished}
         kernels = "any" if options.any_kernels else "deterministic"
-        _write(path, {**_conditions(options), "kernels": kernels, "verdicts": verdicts, "runs": runs})
+        write_report(path, {**_conditions(options), "kernels": kernels, "verdicts": verdicts, "runs": runs})
     print("\ncompared with equal-resident, losses and gradient norms:")
     print("\n".join(f"  {name}: {verdict}" for name, verdict in verdicts.items()), flush=True)
     return all(verdict.startswith(_EQUAL) for verdict in verdicts.values()) and all(not run.note for run in finished)
@@ -250,47 +249,15 @@ def _verdict(resident: Finished, run: Finished) -> str:
 
 def _conditions(options: argparse.Namespace) -> dict[str, Any]:
     """What figures have to be read with."""
-    cuda = torch.cuda.is_available()
     return {
-        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _commit(),
+        **conditions(),
         "geometry": options.geometry,
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in ("torch", "triton", "bitsandbytes", "accelerate", "safetensors")},
         "warmup_steps": options.warmup,
         "timed_steps": options.timed,
         "batch_size": 1,
         "text_tokens": TEXT_TOKENS,
         "timing": "between two entries of the step log, buckets shuffled",
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The revision that was measured, where git knows it."""
-    try:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()
-
-
-def _machine() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-    return f"torch {torch.__version__}, {device}"
-
-
-def _write(path: Path, report: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    print(f"written: {path}", flush=True)
 
 
 if __name__ == "__main__":

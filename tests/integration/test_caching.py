@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import SCENES, TinyWan
-from wanlora.caching.encoding import LatentEncoder, to_pixels
+from wanlora.caching.encoding import Encoded, LatentEncoder, to_pixels
 from wanlora.caching.latents import cache_latents
 from wanlora.caching.text import cache_text
 from wanlora.caching.work import Summary
@@ -168,14 +168,6 @@ def test_latents_are_those_of_the_decoded_frames(cached: Folder) -> None:
     stored = load_file(cached.root / "cache_2" / "long_00004-009_0032x0032_wan.safetensors")
     assert list(stored) == ["latents_3x4x4_bfloat16"]
     torch.testing.assert_close(stored["latents_3x4x4_bfloat16"], expected)
-
-
-def test_pixels_are_bytes_brought_to_minus_one_and_one() -> None:
-    clip = np.zeros((1, 2, 2, 3), dtype=np.uint8)
-    clip[0, 0, 1] = (255, 51, 0)
-    pixels = to_pixels([clip])
-    assert pixels.shape == (1, 3, 1, 2, 2)
-    torch.testing.assert_close(pixels[0, :, 0, 0, 1], torch.tensor([1.0, -0.6, -1.0]))
 
 
 def test_files_carry_the_metadata_that_musubi_writes(cached: Folder) -> None:
@@ -405,7 +397,7 @@ def test_after_ctrl_c_every_file_is_whole_and_a_rerun_makes_the_rest(
     calls: list[int] = []
     encode = LatentEncoder.encode
 
-    def interrupted(self: LatentEncoder, clips: Sequence[Clip]) -> list[torch.Tensor]:
+    def interrupted(self: LatentEncoder, clips: Sequence[Clip]) -> Encoded:
         calls.append(len(clips))
         if len(calls) == 4:
             raise KeyboardInterrupt

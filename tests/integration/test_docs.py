@@ -18,7 +18,7 @@ from accelerate.commands.launch import launch_command_parser
 import wanlora.cli.main as console
 from wanlora.cli.train_network import choices
 from wanlora.config.dataset import read_datasets
-from wanlora.config.flags import parse_latent_cache, parse_text_cache, parse_train
+from wanlora.config.flags import parse_latent_cache, parse_plan, parse_text_cache, parse_train
 from wanlora.config.musubi import ANSWERED_FLAGS
 from wanlora.config.options_doc import options_markdown
 from wanlora.config.prompts import read_prompts
@@ -73,6 +73,8 @@ def parse(words: list[str]) -> Any:
         assert arguments[0] == "launch"
         launch = launch_command_parser().parse_args(arguments[1:])
         return parse_python([launch.training_script, *launch.training_script_args])
+    if program == "wanlora" and arguments[0] == "plan":
+        return parse_plan(arguments[1:], choices())
     if program == "wanlora":
         return console.command(arguments)
     if program == "pip":

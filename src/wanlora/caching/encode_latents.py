@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from wanlora.caching.ahead import Failed, read_ahead
-from wanlora.caching.encoding import LatentEncoder
+from wanlora.caching.encoding import Encoded, LatentEncoder
 from wanlora.caching.requests import Request
 from wanlora.caching.start import decoding_threads
 from wanlora.caching.work import Summary, Task, Work, writing
@@ -61,12 +62,10 @@ def encode_latents(config: LatentCacheConfig, requests: tuple[Request, ...], wor
         with (
             tqdm(total=len(work.to_do), unit="sample", desc="latents", dynamic_ncols=True) as bar,
             closing(read_ahead(_by_source(work.to_do), _read, workers=threads)) as results,
+            _Writer(vae, encoder.maths, work.summary, bar) as writer,
         ):
             for batch in _batches(_readable(results, work.summary, bar), config.batch_size, requests):
-                latents = encoder.encode([sample.clip for sample in batch])
-                for sample, latents_CFHW in zip(batch, latents, strict=True):
-                    _write(sample, latents_CFHW, vae, encoder, work.summary)
-                bar.update(len(batch))
+                writer.take(batch, encoder.encode([sample.clip for sample in batch]))
     except KeyboardInterrupt:
         log.info(f"stopped: {work.summary.written} of {len(work.to_do)} are written and whole; run again to go on")
         raise
@@ -121,8 +120,35 @@ def _dataset_batch_size(task: Task, requests: tuple[Request, ...]) -> int:
     return plan.tables[task.item.dataset].config.batch_size
 
 
-def _write(sample: _Sample, latents_CFHW: torch.Tensor, vae: str, encoder: LatentEncoder, summary: Summary) -> None:
-    item = sample.task.item
-    stamp = item.stamp(vae=vae, vae_dtype=dtype_name(encoder.maths), dtype=dtype_name(latents_CFHW.dtype))
-    with writing(sample.task, summary):
-        write_latents(item.latent_path, latents_CFHW, stamp, sample.source)
+class _Writer:
+    """Writes a batch when the next has been begun, which the card encodes meanwhile; and the last one at the end."""
+
+    def __init__(self, vae: str, maths: torch.dtype, summary: Summary, bar: "tqdm[Any]") -> None:
+        self._vae, self._maths, self._summary, self._bar = vae, maths, summary, bar
+        self._waiting: tuple[list[_Sample], Encoded] | None = None
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._flush()
+
+    def take(self, batch: list[_Sample], encoded: Encoded) -> None:
+        """Write the last batch and keep this one."""
+        self._flush()
+        self._waiting = batch, encoded
+
+    def _flush(self) -> None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            return
+        batch, encoded = waiting
+        for sample, latents_CFHW in zip(batch, encoded.latents(), strict=True):
+            self._write(sample, latents_CFHW)
+        self._bar.update(len(batch))
+
+    def _write(self, sample: _Sample, latents_CFHW: Tensor) -> None:
+        item = sample.task.item
+        stamp = item.stamp(vae=self._vae, vae_dtype=dtype_name(self._maths), dtype=dtype_name(latents_CFHW.dtype))
+        with writing(sample.task, self._summary):
+            write_latents(item.latent_path, latents_CFHW, stamp, sample.source)

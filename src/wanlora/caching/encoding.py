@@ -1,4 +1,4 @@
-"""From pixels to latents, in batches."""
+"""From pixels to latents, in batches, with the card working ahead of whoever writes them."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,6 +11,22 @@ from torch import Tensor
 from wanlora.data.resize import Clip
 from wanlora.foundation.errors import MemoryPlanError
 from wanlora.models.wan.vae import WanVAE
+
+
+class Encoded:
+    """Latents of a batch, perhaps still being computed."""
+
+    def __init__(self, latents_BCFHW: Tensor) -> None:
+        self._latents = torch.empty(
+            latents_BCFHW.shape, dtype=latents_BCFHW.dtype, pin_memory=latents_BCFHW.is_cuda
+        ).copy_(latents_BCFHW, non_blocking=True)
+        self._ready = torch.cuda.current_stream(latents_BCFHW.device).record_event() if latents_BCFHW.is_cuda else None
+
+    def latents(self) -> list[Tensor]:
+        """Normalised latents [C, F, H, W] of each clip, on the CPU, once they are there."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        return list(self._latents.unbind())
 
 
 class LatentEncoder:
@@ -26,14 +42,15 @@ class LatentEncoder:
         """What the VAE computes in."""
         return self._vae.dtype
 
-    def encode(self, clips: Sequence[Clip]) -> list[Tensor]:
-        """Normalised latents [C, F, H, W] on the CPU, in the storage format, of clips of one shape.
+    def encode(self, clips: Sequence[Clip]) -> Encoded:
+        """Latents in the storage format of clips of one shape; a card computes on when this has returned.
 
         Raises `MemoryPlanError` if the device's memory does not suffice.
         """
         try:
             with nullcontext() if self._cudnn else torch.backends.cudnn.flags(enabled=False):
-                latents_BCFHW = self._vae.encode(to_pixels(clips))
+                latents_BCFHW = self._vae.encode(to_pixels(clips, pin=self._vae.device.type == "cuda"))
+                return Encoded(latents_BCFHW.to(self._storage))
         except torch.OutOfMemoryError as error:
             frames, height, width = clips[0].shape[:3]
             raise MemoryPlanError(
@@ -41,10 +58,10 @@ class LatentEncoder:
                 "written. Run again with --batch_size 1, --vae_cache_cpu or --vae_dtype bfloat16, or close programs "
                 "that use the GPU"
             ) from error
-        return list(latents_BCFHW.to("cpu", self._storage).unbind())
 
 
-def to_pixels(clips: Sequence[Clip]) -> Tensor:
-    """Clips of bytes (frames, height, width, RGB) as float32 pixels [B, 3, frames, height, width] in [-1, 1]."""
-    pixels_BCFHW = rearrange(torch.from_numpy(np.stack(clips)), "b f h w c -> b c f h w")
-    return pixels_BCFHW.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+def to_pixels(clips: Sequence[Clip], *, pin: bool = False) -> Tensor:
+    """Clips (frames, height, width, RGB) as bytes [B, 3, frames, height, width]; page-locked if `pin`."""
+    pixels = torch.empty((len(clips), *clips[0].shape), dtype=torch.uint8, pin_memory=pin)
+    np.stack(clips, out=pixels.numpy())
+    return rearrange(pixels, "b f h w c -> b c f h w")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import wanlora
 from wanlora.cli.entry import run_command
+from wanlora.cli.plan import command as plan_command
 from wanlora.cli.train_network import choices
 from wanlora.config.options_doc import options_markdown
 from wanlora.quickstart.run import quickstart
@@ -22,6 +23,10 @@ def command(argv: Sequence[str]) -> int:
     quick.add_argument("--seed", type=int, default=2025, help="of everything random in the training (default: 2025)")
     quick.add_argument("--debug", action="store_true", help="show tracebacks")
     commands.add_parser("options", help="print every flag and dataset key as Markdown (docs/options.md)")
+    plan = "say what a training run will need, on this card or a named one; takes the trainer's flags"
+    commands.add_parser("plan", help=plan, add_help=False)
+    if argv[:1] == ["plan"]:
+        return plan_command(argv[1:])
     arguments = parser.parse_args(argv)
     if arguments.command == "quickstart":
         return quickstart(arguments.out, arguments.seed)

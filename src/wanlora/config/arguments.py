@@ -36,6 +36,8 @@ class Command:
     """Values that users may know from elsewhere and that cannot be had here: why, by setting and value."""
     config_file: bool = False
     """Whether `--config_file` may hold the flags."""
+    program: str | None = None
+    """What the user types, if it is not the script."""
 
     @cached_property
     def groups(self) -> dict[str, tuple[Setting, ...]]:
@@ -93,7 +95,7 @@ class _Switch(argparse.Action):
 def make_parser(command: Command) -> argparse.ArgumentParser:
     """The argparse parser: words stay text, flags that are not typed leave nothing behind."""
     parser = _Parser(
-        prog=command.script,
+        prog=command.program or command.script,
         description=_first_line(command.config_class),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

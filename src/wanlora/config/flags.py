@@ -7,7 +7,7 @@ Everything that is wrong is reported at once, before anything is loaded.
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from wanlora.config.arguments import Command, answer, read_arguments
 from wanlora.config.caching import LatentCacheConfig, TextCacheConfig
@@ -15,12 +15,14 @@ from wanlora.config.checks import check_latent_cache, check_paths, check_text_ca
 from wanlora.config.dataset import ImageDatasetConfig, VideoDatasetConfig, dataset_kinds
 from wanlora.config.fields import groups_of, settings_of
 from wanlora.config.musubi import MEANS_DEFAULT
+from wanlora.config.planning import PlannedConfig
 from wanlora.config.toml import TableFile, read_table
 from wanlora.config.train import TrainConfig
 from wanlora.foundation.errors import Problems, did_you_mean
 
 Choices = Mapping[str, Sequence[str]]
 Refusals = Mapping[str, Mapping[str, str]]
+Run = TypeVar("Run", bound=TrainConfig)
 
 LATENT_CACHE = Command(script="wan_cache_latents.py", config_class=LatentCacheConfig, choices={})
 TEXT_CACHE = Command(script="wan_cache_text_encoder_outputs.py", config_class=TextCacheConfig, choices={})
@@ -30,6 +32,18 @@ def train_command(choices: Choices, refusals: Refusals = MappingProxyType({})) -
     """The training script's flags; `choices` are the names that registries know (task, timestep_sampling, ...)."""
     return Command(
         script="wan_train_network.py", config_class=TrainConfig, choices=choices, refusals=refusals, config_file=True
+    )
+
+
+def plan_command(choices: Choices, refusals: Refusals = MappingProxyType({})) -> Command:
+    """The flags of `wanlora plan`: the training script's and its own."""
+    return Command(
+        script="wan_train_network.py",
+        program="wanlora plan",
+        config_class=PlannedConfig,
+        choices=choices,
+        refusals=refusals,
+        config_file=True,
     )
 
 
@@ -59,13 +73,21 @@ def parse_train(argv: Sequence[str], choices: Choices, refusals: Refusals = Mapp
     `choices` are the names that registries know, by flag: task, timestep_sampling, sample_solver, ...; a flag that is
     not in it takes any name. `refusals` are values that users may know and that cannot be had, with the reason.
     """
+    return _parse_run(train_command(choices, refusals), TrainConfig, argv)
+
+
+def parse_plan(argv: Sequence[str], choices: Choices, refusals: Refusals = MappingProxyType({})) -> PlannedConfig:
+    """The command line of `wanlora plan`: as `parse_train`, with a few flags more."""
+    return _parse_run(plan_command(choices, refusals), PlannedConfig, argv)
+
+
+def _parse_run(command: Command, config_class: type[Run], argv: Sequence[str]) -> Run:
     problems = Problems()
-    command = train_command(choices, refusals)
     values = read_arguments(command, argv, problems)
     if file := values.pop("config_file", None):
         with problems.collect():
             values = {**_read_config_file(command, Path(file), problems), **values}
-    config = _train_config(_right(values), problems)
+    config = _run_config(config_class, _right(values), problems)
     check_train(config, values.keys(), problems)
     _raise_all(config, problems)
     return config
@@ -84,14 +106,14 @@ def _right(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _train_config(values: dict[str, Any], problems: Problems) -> TrainConfig:
+def _run_config(config_class: type[Run], values: dict[str, Any], problems: Problems) -> Run:
     groups: dict[str, Any] = {}
-    for group, cls in groups_of(TrainConfig).items():
+    for group, cls in groups_of(config_class).items():
         with problems.collect():
             groups[group] = cls(
                 **{setting.name: values[setting.name] for setting in settings_of(cls) if setting.name in values}
             )
-    return TrainConfig(**groups)
+    return config_class(**groups)
 
 
 def _read_config_file(command: Command, path: Path, problems: Problems) -> dict[str, Any]:

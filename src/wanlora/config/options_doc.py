@@ -8,6 +8,7 @@ from wanlora.config.arguments import CONFIG_FILE_HELP, Command
 from wanlora.config.dataset import GENERAL_KEYS, DatasetConfig, ImageDatasetConfig, VideoDatasetConfig
 from wanlora.config.fields import Setting, settings_of
 from wanlora.config.flags import LATENT_CACHE, TEXT_CACHE, train_command
+from wanlora.config.planning import PlanningConfig
 from wanlora.config.prompts import OPTIONS, SamplePrompt
 
 _HEAD = """# Options
@@ -25,6 +26,8 @@ def options_markdown(choices: Mapping[str, Sequence[str]] = MappingProxyType({})
         _HEAD,
         _dataset_keys(),
         *(_command(command) for command in (LATENT_CACHE, TEXT_CACHE, train_command(choices))),
+        "## wanlora plan\n\nEvery flag of `wan_train_network.py`, and:\n",
+        _table(settings_of(PlanningConfig), "flag"),
         _prompt_options(),
     ]
     return "\n".join(parts)

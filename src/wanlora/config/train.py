@@ -262,8 +262,9 @@ class MemoryConfig(Checked):
     """Folder in which the fp8 weights are kept, about half the size of the model: the next start reads those."""
     fp8_fast: bool = False
     """Multiply in fp8 as well, on cards that can; with --fp8_scaled. Its error is measured on the data and printed."""
-    blocks_to_swap: CountOrZero | None = None
-    """How many transformer blocks' memory is freed: they stay in system memory and are copied when they are due."""
+    blocks_to_swap: CountOrZero | Literal["auto"] | None = None
+    """How many transformer blocks' memory is freed: they stay in system memory and are copied when they are due; auto:
+    as few as are foretold to suffice."""
     use_pinned_memory_for_block_swap: bool = False
     """Pin the memory of those blocks: faster copies; this is always done."""
     block_swap_h2d_only: bool = False
@@ -284,6 +285,11 @@ class MemoryConfig(Checked):
     """Refuse graph breaks."""
     compile_cache_size_limit: Count | None = None
     """How many graphs torch.compile keeps."""
+
+    @property
+    def num_swapped(self) -> int:
+        """`blocks_to_swap` as a number; `auto` is 0 until it is settled (training/planning.py)."""
+        return self.blocks_to_swap if isinstance(self.blocks_to_swap, int) else 0
 
     @property
     def fp8_mode(self) -> Literal["scaled", "plain"] | None:

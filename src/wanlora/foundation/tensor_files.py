@@ -71,17 +71,12 @@ class TensorSource(ABC):
 
 
 class SafetensorsSource(TensorSource):
-    """One `.safetensors` file."""
+    """One `.safetensors` file. It is mapped only once a tensor is read: some systems count a map as memory in use."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.header = read_header(path)
-        try:
-            self._file: Any = safe_open(path, framework="pt", device="cpu").__enter__()
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} is cut off or is no safetensors file ({error}); fetch or make it again"
-            ) from error
+        self._file: Any = None
         self.metadata = dict(self.header.metadata)
         self.names = self.header.names
 
@@ -95,8 +90,17 @@ class SafetensorsSource(TensorSource):
         return SAFETENSORS_DTYPES[label]
 
     def read(self, name: str) -> Tensor:
+        self._file = self._file or self._mapped()
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
+
+    def _mapped(self) -> Any:
+        try:
+            return safe_open(self.path, framework="pt", device="cpu").__enter__()
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.path} is cut off or is no safetensors file ({error}); fetch or make it again"
+            ) from error
 
     def wanted(self, name: str, device: torch.device) -> Wanted:
         """Where a tensor lies and where it shall be."""

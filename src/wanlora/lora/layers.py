@@ -9,11 +9,14 @@ quantised or not: only its output is used.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from wanlora.models.wan.layers import project
 
 
 class Factor(nn.Module):
@@ -69,15 +72,33 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        out: Tensor = self.base(x)
-        factor = self.multiplier * self.scale
-        if factor == 0:
+        return self.together(x, (self,))[0]
+
+    @staticmethod
+    def together(x: Tensor, layers: "Sequence[LoRALinear]") -> tuple[Tensor, ...]:
+        """Several layers of one input: it is read once for all their down factors (see `project`)."""
+        outs = project(x, [layer.base for layer in layers])
+        if all(layer.strength == 0 for layer in layers):
+            return outs
+        downs: list[Tensor] = [layer.lora_down.weight for layer in layers]
+        hidden = F.linear(x, (torch.cat(downs) if len(downs) > 1 else downs[0]).to(x.dtype))
+        parts = hidden.split([len(down) for down in downs], dim=-1)
+        return tuple(layer._updated(out, part) for layer, out, part in zip(layers, outs, parts, strict=True))
+
+    @property
+    def strength(self) -> float:
+        """What the product of the factors is multiplied by."""
+        return self.multiplier * self.scale
+
+    def _updated(self, out: Tensor, hidden: Tensor) -> Tensor:
+        """The base's output plus the up factor's share, rounded once."""
+        if self.strength == 0:
             return out
-        hidden = F.linear(x, self.lora_down.weight.to(x.dtype))
         if self.training:
             hidden = self._drop(hidden)
-        up = self.lora_up.weight if factor == 1 else self.lora_up.weight * factor
-        return out + F.linear(hidden, up.to(x.dtype)).to(out.dtype)
+        up = self.lora_up.weight if self.strength == 1 else self.lora_up.weight * self.strength
+        rows = hidden.reshape(-1, self.rank)
+        return torch.addmm(out.reshape(-1, self.out_features), rows, up.to(rows.dtype).t()).view(out.shape)
 
     def _drop(self, hidden: Tensor) -> Tensor:
         """Dropout on the rank activations [B, ..., r]."""

@@ -2,7 +2,7 @@
 
 Three parts. What rests on the card between steps (`resting.py`). What blocks hold from forward to backward: a block
 that is recomputed holds its input, a block that is kept holds everything that its backward reads. And the workspace,
-which is there once: the backward of one block, whose activations are made again first if it is one that is recomputed.
+which is there once: what the backward of one block computes with.
 
 What a kept block holds is counted, not guessed: the terms below are what autograd (or the partitioner of
 torch.compile, which keeps the cheapest set that it can begin from again) was seen to save of `models/wan/blocks.py`,
@@ -24,6 +24,8 @@ ADAPTABLE = (
 )
 """The linear layers of a block by their names in it."""
 _TEXT_LAYERS = ("cross_attn.k", "cross_attn.v")
+_SHARING = ({"self_attn.q", "self_attn.k", "self_attn.v"}, set(_TEXT_LAYERS))
+"""Layers that are given the same input."""
 
 _BACKWARD = (4, 3)
 """Bytes a token that the backward of one block has at its peak beyond what the block holds, in units of its two widths
@@ -50,7 +52,7 @@ class BlockMaths:
     adapted: Collection[str] = ADAPTABLE
     """Layers of a block that have an adapter, names of `ADAPTABLE`."""
     text_rows: int = 512
-    """Rows of text that cross attention looks at."""
+    """Rows of text that are computed; cross attention looks at `text_len`, those that stand for many written out."""
 
 
 def recomputed_block(maths: BlockMaths, tokens: int, batch: int = 1) -> int:
@@ -60,15 +62,12 @@ def recomputed_block(maths: BlockMaths, tokens: int, batch: int = 1) -> int:
 
 def kept_block(maths: BlockMaths, tokens: int, batch: int = 1) -> int:
     """Bytes that a block holds from forward to backward if it is kept, its input included."""
-    rows = tokens * _kept_per_token(maths) + maths.text_rows * _kept_per_text_row(maths)
+    rows = tokens * _kept_per_token(maths) + _kept_of_text(maths)
     return recomputed_block(maths, tokens, batch) + batch * rows + _kept_once(maths)
 
 
-def workspace(maths: BlockMaths, tokens: int, batch: int = 1, *, recomputes: bool = True) -> int:
-    """Bytes that a step needs at its peak beyond what rests on the card and what its blocks hold.
-
-    With `recomputes` at least one block is recomputed: what it holds meanwhile is included.
-    """
+def workspace(maths: BlockMaths, tokens: int, batch: int = 1) -> int:
+    """Bytes of one block's backward beyond what rests on the card and what blocks hold, a recomputed one included."""
     sizes = maths.sizes
     narrow, wide = _BACKWARD
     bytes_needed = batch * tokens * (narrow * sizes.dim + wide * sizes.ffn_dim) + _LIBRARIES
@@ -76,8 +75,6 @@ def workspace(maths: BlockMaths, tokens: int, batch: int = 1, *, recomputes: boo
     bytes_needed += 4 * tokens * sizes.head_dim  # the rope table
     if maths.fp8:
         bytes_needed += sizes.dim * sizes.ffn_dim * maths.compute.itemsize  # one widened weight
-    if recomputes:
-        bytes_needed += kept_block(maths, tokens, batch) - recomputed_block(maths, tokens, batch)
     return bytes_needed
 
 
@@ -86,15 +83,17 @@ def step_peak(
 ) -> int:
     """Bytes that a step needs beyond what rests on the card, with `num_kept` blocks kept and the others recomputed.
 
-    `gradients` are the bytes of the adapters' gradients. They grow while what blocks hold is let go, so only the
-    larger of both counts, unless gradients of an earlier batch are there from the start (`accumulates`).
+    The kept blocks are the last ones (`checkpointing.py`): backward has let go of one by the time that another is made
+    again, so the first that is kept costs nothing. `gradients` are the bytes of the adapters' gradients. They grow
+    while what blocks hold is let go, so only the larger of both counts, unless gradients of an earlier batch are there
+    from the start (`accumulates`).
     """
-    num_blocks = maths.sizes.num_layers
-    held = num_kept * kept_block(maths, tokens, batch) + (num_blocks - num_kept) * recomputed_block(
-        maths, tokens, batch
-    )
-    held = held + gradients if accumulates else max(held, gradients)
-    return held + workspace(maths, tokens, batch, recomputes=num_kept < num_blocks)
+    kept, held = kept_block(maths, tokens, batch), recomputed_block(maths, tokens, batch)
+    num_recomputed = maths.sizes.num_layers - num_kept
+    at_the_turn = num_kept * kept + num_recomputed * held + (0 if num_kept else kept - held)
+    at_the_end = kept if num_recomputed else held
+    most = max(at_the_turn, at_the_end) + gradients if accumulates else max(at_the_turn, at_the_end + gradients)
+    return most + workspace(maths, tokens, batch)
 
 
 def _kept_per_token(maths: BlockMaths) -> int:
@@ -125,16 +124,21 @@ def _stream_and_norms(maths: BlockMaths) -> int:
     return 3 * maths.compute.itemsize + 4 * (2 if maths.residual == torch.float32 else 3)
 
 
-def _kept_per_text_row(maths: BlockMaths) -> int:
-    """Bytes a text row: keys and values, keys before their norm, the adapters' rank activations."""
+def _kept_of_text(maths: BlockMaths) -> int:
+    """Bytes of a text: keys and values of all rows; of computed ones keys before their norm and rank activations."""
     adapters = len(set(maths.adapted) & set(_TEXT_LAYERS)) * maths.rank
-    return maths.compute.itemsize * (3 * maths.sizes.dim + adapters)
+    keys_and_values = maths.sizes.text_len * 2 * maths.sizes.dim
+    return maths.compute.itemsize * (keys_and_values + maths.text_rows * (maths.sizes.dim + adapters))
 
 
 def _kept_once(maths: BlockMaths) -> int:
-    """Bytes of both factors of every adapter in the compute dtype: copies of the float32 ones."""
+    """Bytes of both factors of every adapter in the compute dtype: copies of the float32 ones.
+
+    In float32 only the down factors that are joined, because they share an input, are copies.
+    """
     if maths.compute == torch.float32:
-        return 0
+        joined = [layers for layers in _SHARING if layers <= set(maths.adapted)]
+        return maths.compute.itemsize * maths.rank * maths.sizes.dim * sum(map(len, joined))
     widths = dict.fromkeys(ADAPTABLE, 2 * maths.sizes.dim)
     widths |= dict.fromkeys(("ffn.0", "ffn.2"), maths.sizes.dim + maths.sizes.ffn_dim)
     return maths.compute.itemsize * maths.rank * sum(widths[name] for name in maths.adapted)

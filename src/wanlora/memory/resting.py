@@ -5,6 +5,7 @@ the compute dtype, norms, modulation and the small float32 layers as `models/wan
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -24,8 +25,8 @@ class WeightFormats:
     """Of everything that is not quantised."""
     fp8: bool = False
     """Matrices of the blocks are in eight bits."""
-    scaled: bool = True
-    """And have a scale per 64 inputs."""
+    scales: Literal["scaled", "rows", "plain"] = "scaled"
+    """Of these: one per 64 inputs, one per output, or one in all."""
     islands: torch.dtype = torch.bfloat16
     """Of the matrices of the float32 layers: the file's format if that has 16 bits, otherwise float32."""
 
@@ -66,7 +67,7 @@ def _matrix(size: tuple[int, int], formats: WeightFormats) -> int:
     out, into = size
     if not formats.fp8:
         return out * into * formats.compute.itemsize
-    if not formats.scaled:
+    if formats.scales == "plain":
         return out * into + 4
-    blocks = into // _SCALED_BLOCK if into % _SCALED_BLOCK == 0 else 1
-    return out * into + 4 * out * blocks
+    by_block = formats.scales == "scaled" and into % _SCALED_BLOCK == 0
+    return out * into + 4 * out * (into // _SCALED_BLOCK if by_block else 1)

@@ -28,6 +28,22 @@ from wanlora.quantization.linear import Fp8Linear
 from wanlora.quantization.scaled_matmul import Kernel, fits, quantize_rows, scaled_matmul
 
 
+def output(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kernel: Kernel) -> Tensor:
+    """x [..., in] to [..., out] in the dtype of x, for W = weight * scale with a scale [out, 1, 1]."""
+    x8, scale_x = quantize_rows(x.flatten(0, -2))
+    out = scaled_matmul(x8, scale_x, weight, scale.flatten(), bias, dtype=x.dtype, kernel=kernel)
+    return out.unflatten(0, x.shape[:-1])
+
+
+def input_gradient(grad: Tensor, weight: Tensor, scale: Tensor, kernel: Kernel) -> Tensor:
+    """The gradient of x [..., in] from that of the output [..., out]."""
+    grad8, scale_grad = quantize_rows(grad.flatten(0, -2).float() * scale.flatten())
+    across = weight.t().contiguous()
+    ones = torch.ones(across.shape[0], device=grad.device)
+    out = scaled_matmul(grad8, scale_grad, across, ones, None, dtype=grad.dtype, kernel=kernel)
+    return out.unflatten(0, grad.shape[:-1])
+
+
 class _ScaledLinear(torch.autograd.Function):
     """y = x W^T + b and dx = g W in eight bits; W = weight * scale with one scale per row."""
 
@@ -35,18 +51,12 @@ class _ScaledLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kernel: Kernel) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.kernel = kernel
-        x8, scale_x = quantize_rows(x.flatten(0, -2))
-        out = scaled_matmul(x8, scale_x, weight, scale.flatten(), bias, dtype=x.dtype, kernel=kernel)
-        return out.unflatten(0, x.shape[:-1])
+        return output(x, weight, scale, bias, kernel)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         weight, scale = ctx.saved_tensors
-        grad8, scale_grad = quantize_rows(grad.flatten(0, -2).float() * scale.flatten())
-        across = weight.t().contiguous()
-        ones = torch.ones(across.shape[0], device=grad.device)
-        out = scaled_matmul(grad8, scale_grad, across, ones, None, dtype=grad.dtype, kernel=ctx.kernel)
-        return out.unflatten(0, grad.shape[:-1]), None, None, None, None
+        return input_gradient(grad, weight, scale, ctx.kernel), None, None, None, None
 
 
 class FastFp8Linear(Fp8Linear):

@@ -37,7 +37,7 @@ class Prompt:
     width: int
     height: int
     frames: int
-    seed: int = 7
+    seed: int
 
     @property
     def line(self) -> str:
@@ -51,11 +51,11 @@ def _new(shape: str, colour: str, size: str) -> Scene:
 
 
 PROMPTS = (
-    Prompt(scene=_new("circle", "red", "large"), width=96, height=64, frames=21),
-    Prompt(scene=_new("cross", "cyan", "large"), width=96, height=64, frames=21),
-    Prompt(scene=_new("square", "yellow", "small"), width=96, height=64, frames=21),
-    Prompt(scene=_new("triangle", "green", "large"), width=64, height=48, frames=45),
-    Prompt(scene=_new("circle", "pink", "large"), width=96, height=96, frames=1),
+    Prompt(scene=_new("circle", "red", "large"), width=96, height=64, frames=21, seed=1),
+    Prompt(scene=_new("cross", "cyan", "large"), width=96, height=64, frames=21, seed=2),
+    Prompt(scene=_new("square", "yellow", "large"), width=96, height=64, frames=21, seed=3),
+    Prompt(scene=_new("triangle", "green", "large"), width=64, height=48, frames=45, seed=4),
+    Prompt(scene=_new("circle", "pink", "large"), width=96, height=96, frames=1, seed=5),
 )
 """What is drawn, before and after."""
 
@@ -144,21 +144,21 @@ def _write_missing(path: Path, text: str) -> None:
 def _tables(folder: Path) -> dict[str, Any]:
     """The dataset TOML. Folders are absolute, because relative ones are read from wherever a program is started."""
     return {
-        "general": {"caption_extension": ".txt", "enable_bucket": True, "bucket_no_upscale": True, "batch_size": 4},
+        "general": {"caption_extension": ".txt", "enable_bucket": True, "bucket_no_upscale": True, "batch_size": 16},
         "datasets": [
-            _table(folder, "image", "images", "cache", (96, 96)),
+            {**_table(folder, "image", "images", "cache", (96, 96)), "num_repeats": 4},
             {
                 **_table(folder, "video", "videos", "cache_1", (96, 64)),
                 "frame_extraction": "head",
                 "target_frames": [1, 21],
-                "num_repeats": 4,
+                "num_repeats": 8,
             },
             {
                 **_table(folder, "video", "videos", "cache_2", (64, 48)),
                 "frame_extraction": "uniform",
                 "target_frames": [45],
                 "frame_sample": 2,
-                "num_repeats": 2,
+                "num_repeats": 9,
             },
         ],
         "validation": [

@@ -52,10 +52,10 @@ def announce(config: TrainConfig, prepared: Prepared) -> None:
         changed = differences(record.settings, decisive_settings(config))
         if changed:
             log.warning(f"the resumed run differs from the saved one: {'; '.join(changed)}")
-    log.info(f"training {config.model.task} for {_length(config, prepared)}")
+    log.info(f"training {config.model.task} for {run_length(config, prepared)}")
 
 
-def _length(config: TrainConfig, prepared: Prepared) -> str:
+def run_length(config: TrainConfig, prepared: Prepared) -> str:
     """Epochs and steps, one told by the other."""
     run, epoch_length = config.run, prepared.plan.num_batches
     batches = run.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))

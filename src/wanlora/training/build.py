@@ -68,7 +68,7 @@ def build_trainee(
 
 def num_streamed(config: MemoryConfig, device: torch.device, num_blocks: int) -> int:
     """How many blocks are streamed on this device: those asked for and as many as the ring keeps on it."""
-    wanted = config.blocks_to_swap or 0
+    wanted = config.num_swapped
     if wanted and device.type != "cuda":
         say_once(f"--blocks_to_swap {wanted}: without a CUDA card all weights are in system memory; nothing is swapped")
         return 0

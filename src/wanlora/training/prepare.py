@@ -82,8 +82,8 @@ class Prepared:
         return record.position if same else replace(record.position, batch=0)
 
 
-def prepare(config: TrainConfig) -> Prepared:
-    """Check everything. Raises one error that lists every problem."""
+def prepare(config: TrainConfig, *, caches: bool = True) -> Prepared:
+    """Check everything, but for the cache files without `caches`. Raises one error that lists every problem."""
     problems = Problems()
     found: dict[str, object] = {}
     with problems.collect():
@@ -97,7 +97,7 @@ def prepare(config: TrainConfig) -> Prepared:
     sizes = _check_model(config, problems, found)
     if _are_there(config.run.dataset_config):
         with problems.collect():
-            found["plan"] = _plan(config, problems, sizes)
+            found["plan"] = _plan(config, problems, sizes, caches=caches)
     with problems.collect():
         found["requests"] = _check_previews(config, problems)
     with problems.collect():
@@ -137,7 +137,7 @@ def _check_model(config: TrainConfig, problems: Problems, found: dict[str, objec
             require_dtype(config.attention.training_kernel, dtype)
             _check_fp8_maths(config.memory, dtype)
         with problems.collect():
-            streamed_indexes(transformer.sizes.num_layers, config.memory.blocks_to_swap or 0)
+            streamed_indexes(transformer.sizes.num_layers, config.memory.num_swapped)
         if _are_there(config.network.network_weights, *config.network.base_weights):
             resume = found.get("resume")
             assert resume is None or isinstance(resume, Resume)
@@ -166,11 +166,11 @@ def _inspect(model: ModelConfig) -> tuple[TransformerFile, WanTransformer]:
     return transformer, blank
 
 
-def _plan(config: TrainConfig, problems: Problems, sizes: WanSizes | None) -> DataPlan:
+def _plan(config: TrainConfig, problems: Problems, sizes: WanSizes | None, *, caches: bool) -> DataPlan:
     assert config.run.dataset_config is not None
     plan = plan_datasets(read_datasets(config.run.dataset_config), sources_may_be_absent=True, write_index=False)
     channels, text_width = (sizes.in_channels, sizes.text_dim) if sizes else (None, None)
-    for problem in check_caches(plan, channels=channels, text_width=text_width):
+    for problem in check_caches(plan, channels=channels, text_width=text_width) if caches else ():
         problems.add(problem)
     return plan
 

@@ -29,6 +29,7 @@ from wanlora.training.loop import Feed, Trainer
 from wanlora.training.metrics import Metrics, StepLog
 from wanlora.training.objective import FlowObjective, Noise
 from wanlora.training.optimizers import set_mode
+from wanlora.training.planning import log_plan, present_target, settle
 from wanlora.training.position import last_step, steps_per_epoch
 from wanlora.training.prepare import Prepared, prepare
 from wanlora.training.previews import PreviewMaterials, Previews
@@ -50,7 +51,10 @@ def train(config: TrainConfig) -> None:
         return
     prepared = prepare(config)
     announce(config, prepared)
+    target = present_target(config)
+    config = settle(config, prepared, target)
     if config.run.dry_run:
+        log_plan(config, prepared, target)
         log.info("dry run: everything is in order; nothing was loaded or written")
         return
     folder = run_folder(config.logging)
@@ -299,7 +303,7 @@ class Run:
             gradient_checkpointing=memory.gradient_checkpointing,
             offload=memory.gradient_checkpointing_cpu_offload,
             fp8=memory.fp8_mode is not None,
-            blocks_to_swap=memory.blocks_to_swap or 0,
+            blocks_to_swap=memory.num_swapped,
             num_blocks=self.prepared.transformer.sizes.num_layers,
         )
         bucket, clips = (trainer.working_on, trainer.working_names) if trainer else ("the model", ())

@@ -15,7 +15,7 @@ _HARMLESS = {
     *("max_train_steps", "max_train_epochs", "max_data_loader_n_workers", "persistent_data_loader_workers"),
     *("dry_run", "debug", "ddp_timeout", "vae", "vae_dtype", "vae_cache_cpu", "t5", "fp8_t5", "tokenizer", "offline"),
     *("dit", "dataset_config", "base_weights", "network_weights", "device", "show_timesteps", "seed"),
-    *("split_attn", "ddp_gradient_as_bucket_view", "ddp_static_graph", "block_swap_ring_size"),
+    *("split_attn", "ddp_gradient_as_bucket_view", "ddp_static_graph", "block_swap_ring_size", "blocks_to_swap"),
     *("use_pinned_memory_for_block_swap", "block_swap_h2d_only"),
 }
 

@@ -13,7 +13,7 @@ from wanlora.models.wan.vae import load_vae
 def test_latents_are_given_in_the_storage_format(tiny_models: TinyWan, storage: torch.dtype) -> None:
     encoder = LatentEncoder(load_vae(tiny_models.vae, device="cpu"), storage=storage)
     clip = np.random.default_rng(0).integers(0, 256, (5, 32, 48, 3), dtype=np.uint8)
-    first, second = encoder.encode([clip, clip[::-1].copy()])
+    first, second = encoder.encode([clip, clip[::-1].copy()]).latents()
     assert first.shape == second.shape == (16, 2, 4, 6)
     assert first.dtype == storage
     assert not torch.equal(first, second)

@@ -1,6 +1,7 @@
 """The adapter layer: what it adds, when it adds nothing, and its dropouts."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from tests.unit.lora.wan import seeded
 from wanlora.lora.layers import LoRALinear
+from wanlora.models.wan.layers import project
 
 
 def layer(base: nn.Module | None = None, *, rank: int = 4, scale: float = 1.0, **dropouts: Any) -> LoRALinear:
@@ -53,6 +55,43 @@ def test_factors_stay_float32_and_the_output_has_the_bases_format() -> None:
     for factor in (adapter.lora_down.weight, adapter.lora_up.weight):
         assert factor.dtype == torch.float32
         assert factor.grad is not None and factor.grad.dtype == torch.float32 and factor.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_of_one_input_give_together_what_each_gives_alone(dtype: torch.dtype, dropout: float) -> None:
+    sizes = ((5, 4, 1.0), (7, 2, 0.5), (5, 3, 3.0))
+    layers = [
+        with_effect(layer(nn.Linear(6, out, dtype=dtype), rank=rank, scale=scale, dropout=dropout))
+        for out, rank, scale in sizes
+    ]
+    layers[1].multiplier = 0.0
+    results = []
+    for call in (LoRALinear.together, lambda x, them: [one(x) for one in them]):
+        torch.manual_seed(4)
+        x = samples(2, 3, 6).to(dtype).requires_grad_()
+        outs = call(x, layers)
+        trained = [p for one in (layers[0], layers[2]) for p in (one.lora_down.weight, one.lora_up.weight)]
+        results.append([*outs, *torch.autograd.grad(torch.cat(list(outs), -1).float().square().sum(), [x, *trained])])
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, alone in zip(*results, strict=True):
+        torch.testing.assert_close(ours, alone, rtol=tolerance, atol=tolerance)
+
+
+def test_layers_that_can_share_an_input_are_called_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    together = LoRALinear.together
+
+    def counting(x: Tensor, layers: Sequence[LoRALinear]) -> tuple[Tensor, ...]:
+        calls.append(len(layers))
+        return together(x, layers)
+
+    monkeypatch.setattr(LoRALinear, "together", staticmethod(counting))
+    x, plain = samples(2, 6), nn.Linear(6, 5)
+    project(x, [layer(), layer(), layer()])
+    assert calls == [3]
+    project(x, [layer(), plain])
+    assert calls == [3, 1]
 
 
 def test_any_module_with_sizes_is_a_base() -> None:

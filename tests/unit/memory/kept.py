@@ -1,14 +1,17 @@
 """What a block of a small Wan holds from forward to backward, counted."""
 
 from collections.abc import Collection
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanlora.foundation.shapes import LatentShape
 from wanlora.lora.layers import LoRALinear
 from wanlora.memory.compile import compile_blocks
 from wanlora.memory.footprint import BlockMaths
+from wanlora.models.attention import KERNELS, Kernel
 from wanlora.models.wan.blocks import WanBlock
 from wanlora.models.wan.rope import rope_table
 from wanlora.quantization.linear import Fp8Linear
@@ -49,7 +52,10 @@ def held_bytes(maths: BlockMaths, *, batch: int = 1, backend: str = "") -> int:
         saved.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        patch.dict(KERNELS._entries, sdpa=Kernel(compute=_attention_on_a_card)),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         block(x_BLD, *shared)
     held = _storages([*saved, x_BLD])
     return sum(held[address] for address in held.keys() - there.keys())
@@ -58,3 +64,9 @@ def held_bytes(maths: BlockMaths, *, batch: int = 1, backend: str = "") -> int:
 def _storages(tensors: Collection[Tensor]) -> dict[int, int]:
     """Bytes of every distinct piece of memory, by its address."""
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+def _attention_on_a_card(q_BLNK: Tensor, k_BTNK: Tensor, v_BTNK: Tensor) -> Tensor:
+    """In the format of its inputs, whatever the CPU's own way is."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLNK, k_BTNK, v_BTNK))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)

@@ -1,5 +1,8 @@
 """What rests on the card, against a model that is filled as the loader fills it."""
 
+from dataclasses import replace
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
 from torch import nn
@@ -20,11 +23,15 @@ def test_a_block_weighs_what_its_tensors_do(fp8: bool, compute: torch.dtype) -> 
     assert block_weights(SIZES, WeightFormats(compute=compute, fp8=fp8)) == _num_bytes(block)
 
 
-def test_weights_without_scales_have_one_of_one_number() -> None:
-    scaled = block_weights(SIZES, WeightFormats(compute=torch.bfloat16, fp8=True))
-    plain = block_weights(SIZES, WeightFormats(compute=torch.bfloat16, fp8=True, scaled=False))
-    scales = sum(out * into // 64 for out, into in linear_sizes(SIZES).values())
-    assert scaled - plain == 4 * (scales - 10)
+def test_scales_are_by_block_by_row_or_one() -> None:
+    formats = WeightFormats(compute=torch.bfloat16, fp8=True)
+    scaled, rows, plain = (
+        block_weights(SIZES, replace(formats, scales=scales))
+        for scales in get_args(get_type_hints(WeightFormats)["scales"])
+    )
+    linears = linear_sizes(SIZES).values()
+    assert scaled - plain == 4 * (sum(out * into // 64 for out, into in linears) - 10)
+    assert rows - plain == 4 * (sum(out for out, _ in linears) - 10)
 
 
 @pytest.mark.parametrize("compute", [torch.bfloat16, torch.float32])

@@ -1,13 +1,19 @@
 """The Wan 2.1 autoencoder: sizes, chunks, batches, causality."""
 
 import json
+import weakref
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from wanlora.foundation.errors import DataError
+from wanlora.models.wan import vae_layers
 from wanlora.models.wan.vae import VAE_MEAN, VAE_STD, VAESizes, WanVAE
 from wanlora.models.wan.vae_layers import CausalConv3d, ChunkCache
 
@@ -64,7 +70,7 @@ def test_a_batch_equals_its_clips_one_by_one(vae: WanVAE) -> None:
 
 def test_the_latents_of_a_beginning_do_not_depend_on_what_follows(vae: WanVAE) -> None:
     pixels = random_clip(1, 3, 17, 16, 8)
-    assert torch.equal(vae.encode(pixels)[:, :, :2], vae.encode(pixels[:, :, :5]))
+    assert torch.equal(vae.encode(pixels, chunk=1)[:, :, :2], vae.encode(pixels[:, :, :5], chunk=1))
 
 
 def test_later_frames_are_not_encoded_as_pictures(vae: WanVAE) -> None:
@@ -115,6 +121,79 @@ def test_bfloat16_stays_near_float32() -> None:
 def test_pixels_in_another_number_format_are_converted(vae: WanVAE) -> None:
     pixels = random_clip(1, 3, 5, 16, 8)
     assert torch.equal(vae.encode(pixels.double()), vae.encode(pixels))
+
+
+def test_bytes_are_brought_to_minus_one_and_one(vae: WanVAE) -> None:
+    clip = torch.randint(0, 256, (2, 5, 16, 8, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    pixels = clip.permute(0, 4, 1, 2, 3)
+    torch.testing.assert_close(vae.encode(pixels), vae.encode(pixels.contiguous().double() / 127.5 - 1))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("num_frames", [1, 5, 21])
+def test_without_gradients_the_result_is_that_of_the_plain_layers(
+    vae: WanVAE, num_frames: int, memory_format: torch.memory_format
+) -> None:
+    pixels = random_clip(2, 3, num_frames, 16, 16).contiguous(memory_format=memory_format)
+    latents = vae.encode(pixels)
+    cache, plain = ChunkCache(), []
+    for start in range(0, num_frames, 4):
+        cache.begin(first=start == 0, last=start + 1 == num_frames)
+        frames = pixels[:, :, max(0, start - 3) : start + 1].contiguous()
+        with torch.enable_grad():  # the statistics of four channels are left as they are
+            plain.append(vae.conv1(vae.encoder(frames, cache))[:, :4])
+    torch.testing.assert_close(latents, torch.cat(plain, dim=2), atol=1e-5, rtol=1e-5)
+
+
+def test_a_chunk_is_as_large_as_memory_allows_and_no_larger_than_useful() -> None:
+    with torch.device("meta"):
+        vae = WanVAE().bfloat16()
+    assert [vae._chunk_of(width * height) for width, height in ((384, 208), (832, 480), (1280, 720))] == [2, 2, 1]
+    assert vae.float()._chunk_of(832 * 480) == 1
+    assert vae._chunk_of(4 * 1280 * 720) == 1
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes that tensors hold; on the meta device, where they take none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._users: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                self.now += size * (key not in self._users)
+                self.most = max(self.most, self.now)
+                self._users[key] += 1
+                weakref.finalize(tensor, self._drop, key, size)
+        return result
+
+    def _drop(self, key: int, size: int) -> None:
+        self._users[key] -= 1
+        if not self._users[key]:
+            del self._users[key]
+            self.now -= size
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "num_frames", "most"), [(768, 768, 1, 1.0), (768, 416, 21, 3.1), (384, 208, 45, 1.0)]
+)
+def test_memory_of_encoding_in_bf16_is_bounded(
+    width: int, height: int, num_frames: int, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vae_layers, "activate_rows", lambda x, gamma, out: True)  # as where the kernel serves
+    with torch.device("meta"):
+        vae = WanVAE().bfloat16()
+        pixels = torch.empty(1, num_frames, height, width, 3, dtype=torch.uint8).permute(0, 4, 1, 2, 3)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in vae.parameters())
+    with Held() as held:
+        vae.encode(pixels)
+    assert (held.most + weights + pixels.numel()) / 2**30 < most
 
 
 @pytest.mark.parametrize("num_frames", [2, 4, 7])

@@ -51,7 +51,7 @@ def bits(model: WanTransformer) -> dict[str, Tensor]:
     return {name: tensor.contiguous().flatten().view(torch.uint8) for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("mode", ["scaled", "plain"])
+@pytest.mark.parametrize("mode", ["scaled", "plain", "rows"])
 def test_the_model_that_comes_back_is_the_same_to_the_bit(checkpoint: Path, mode: Mode) -> None:
     model, kept = load(checkpoint, mode), keep(checkpoint, mode)
     assert kept.difference() == "is missing"

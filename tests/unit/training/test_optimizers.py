@@ -58,6 +58,20 @@ def test_every_setting_is_read_back_from_the_built_optimizer() -> None:
     assert (built["lr"], built["weight_decay"], built["betas"], built["eps"]) == (3e-4, 0.1, (0.9, 0.95), 1e-6)
 
 
+def test_adamw_takes_its_step_in_one_operation_unless_told_how() -> None:
+    weights = {}
+    for arguments in ((), ("fused=False",), ("foreach=True",)):
+        weight = nn.Parameter(torch.linspace(-1, 1, 12))
+        optimizer = choose("adamw", *arguments).build([{"params": [weight], "lr": 0.1, "name": "unet"}])
+        for scale in (1.0, -3.0):
+            weight.grad = torch.arange(12) * scale
+            optimizer.step()
+        assert bool(optimizer.param_groups[0]["fused"]) == (not arguments)
+        weights[arguments] = weight.detach()
+    for way in weights.values():
+        torch.testing.assert_close(way, weights["fused=False",])
+
+
 def test_lora_plus_gives_the_up_factors_their_own_rate() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     network = inject(model, ("0",), rank=2, generator=torch.Generator())

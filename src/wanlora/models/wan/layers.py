@@ -7,7 +7,7 @@ modulation, the head) computes in float32 and declares float32 parameters: the "
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,14 @@ _ROWS = 32
 
 
 def project(x: Tensor, linears: Sequence[Callable[[Tensor], Tensor]]) -> tuple[Tensor, ...]:
-    """Apply several linears to one input: the one place where projections share what they need of it."""
+    """Apply several linears to one input: the one place where projections share what they need of it.
+
+    A class of linears that can share has a static method `together(x, linears)` which returns all outputs.
+    """
+    kind: Any = type(linears[0])
+    if len(linears) > 1 and hasattr(kind, "together") and all(type(linear) is kind for linear in linears):
+        outs: tuple[Tensor, ...] = kind.together(x, linears)
+        return outs
     return tuple(linear(x) for linear in linears)
 
 

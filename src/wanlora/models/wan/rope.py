@@ -23,7 +23,10 @@ def axis_widths(head_dim: int) -> tuple[int, int, int]:
 
 
 def rope_table(latent: LatentShape, head_dim: int, device: torch.device) -> Tensor:
-    """Cosines and sines of every token, [2, L, head_dim / 2] float32, tokens in (f, h, w) order."""
+    """Cosines and sines of every token, [2, L, head_dim / 2] float32, tokens in (f, h, w) order.
+
+    A cosine and its sine lie side by side in memory, so that both can be read as one complex number.
+    """
     f, h, w = latent.frames, latent.height // PATCH, latent.width // PATCH
     time, height, width = (
         _axis_table(length, size).to(device) for length, size in zip((f, h, w), axis_widths(head_dim), strict=True)
@@ -33,14 +36,23 @@ def rope_table(latent: LatentShape, head_dim: int, device: torch.device) -> Tens
         repeat(height, "c h k -> c (f h w) k", f=f, w=w),
         repeat(width, "c w k -> c (f h w) k", f=f, h=h),
     )
-    return torch.cat(parts, dim=-1)
+    return torch.cat(parts, dim=-1).movedim(0, -1).contiguous().movedim(-1, 0)
 
 
 def apply_rope(x_BLNK: Tensor, rope_2Lk: Tensor) -> Tensor:
-    """Turn each pair of elements by its angle, in float32."""
-    cos_L1k, sin_L1k = rope_2Lk.unsqueeze(-2)
-    first, second = x_BLNK.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((first * cos_L1k - second * sin_L1k, first * sin_L1k + second * cos_L1k), dim=-1)
+    """Turn each pair of elements by its angle, in float32.
+
+    A pair is a complex number and a turn a product: one operation, and its gradient another. A compiler knows no
+    complex numbers, but makes one operation of the formula by itself. `rope_2Lk` is one of `rope_table`.
+    """
+    pairs = x_BLNK.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        cos_L1k, sin_L1k = rope_2Lk.unsqueeze(-2)
+        first, second = pairs.unbind(-1)
+        turned = torch.stack((first * cos_L1k - second * sin_L1k, first * sin_L1k + second * cos_L1k), dim=-1)
+    else:
+        turns_L1k = torch.view_as_complex(rope_2Lk.movedim(0, -1)).unsqueeze(-2)
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * turns_L1k)
     return turned.flatten(-2)
 
 

@@ -33,6 +33,10 @@ VAE_STD = (
 )
 # fmt: on
 _WHAT = "the Wan 2.1 VAE"
+_AT_ONCE = 650_000_000
+"""Bytes that a chunk takes on the encoder's widest level; three to four times as much is in use."""
+_LARGEST_CHUNK = 2
+"""Latent frames; eight pixel frames of any usual size fill a card."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,21 +78,36 @@ class WanVAE(nn.Module):
         return self.conv1.weight.dtype
 
     @torch.no_grad()
-    def encode(self, pixels_BCFHW: Tensor, *, chunk: int = 1) -> Tensor:
-        """Normalised mean latents [B, z, F, H, W] of clips [B, 3, frames, height, width] in [-1, 1].
+    def encode(self, pixels_BCFHW: Tensor, *, chunk: int | None = None) -> Tensor:
+        """Normalised mean latents [B, z, F, H, W] of clips [B, 3, frames, height, width].
 
-        The clips may lie on another device and in another number format: each chunk is moved when its turn comes.
-        `chunk` is the number of latent frames computed at a time after the first. Raises `DataError` unless there
-        are 4k + 1 frames and height and width are multiples of 8.
+        The clips are bytes, or numbers in [-1, 1] of any format. They may lie on another device: each chunk is moved
+        when its turn comes. `chunk` is the number of latent frames computed at a time after the first; as many as
+        `_AT_ONCE` allows if it is None. Raises `DataError` unless there are 4k + 1 frames and height and width are
+        multiples of 8.
         """
         latent = _latent_shape(pixels_BCFHW)
-        shape = (len(pixels_BCFHW), self.sizes.z, latent.frames, latent.height, latent.width)
+        clips, _, _, height, width = pixels_BCFHW.shape
+        shape = (clips, self.sizes.z, latent.frames, latent.height, latent.width)
         latents_BCFHW = torch.empty(shape, device=self.device, dtype=self.dtype)
-        for part, cache in self._chunks(latent.frames, chunk):
-            x = pixels_BCFHW[:, :, _pixel_frames(part)].to(self.device, self.dtype)
-            mean, _ = self.conv1(self.encoder(x, cache)).chunk(2, dim=1)
-            latents_BCFHW[:, :, part] = (mean.float() - self._mean) / self._std
+        mean, std = self._mean, self._std
+        for part, cache in self._chunks(latent.frames, chunk or self._chunk_of(clips * height * width)):
+            x = self._numbers(pixels_BCFHW[:, :, _pixel_frames(part)])
+            found, _ = self.conv1(self.encoder(x, cache)).chunk(2, dim=1)
+            latents_BCFHW[:, :, part] = (found.float() - mean) / std
         return latents_BCFHW
+
+    def _numbers(self, pixels_BCFHW: Tensor) -> Tensor:
+        """Pixels where and as the encoder reads them."""
+        pixels_BCFHW = pixels_BCFHW.to(self.device, non_blocking=pixels_BCFHW.is_pinned())
+        if pixels_BCFHW.dtype == torch.uint8:
+            pixels_BCFHW = pixels_BCFHW.float().div_(127.5).sub_(1)
+        return pixels_BCFHW.to(self.dtype)
+
+    def _chunk_of(self, frame: int) -> int:
+        """How many latent frames are encoded at once if one frame of all clips has so many pixels."""
+        latent_frame = WAN21_STRIDE.time * frame * self.sizes.base * self.dtype.itemsize
+        return max(1, min(_LARGEST_CHUNK, _AT_ONCE // latent_frame))
 
     @torch.no_grad()
     def decode(self, latents_BCFHW: Tensor, *, chunk: int = 1) -> Tensor:
@@ -144,7 +163,17 @@ def load_vae(
             vae = WanVAE(sizes, cache_on_cpu=cache_on_cpu)
         require_shapes(source, _WHAT, vae, names)
         fill(vae, source, names, device=torch.device(device), dtype=dtype)
+    if torch.device(device).type == "cuda":
+        _put_channels_last(vae)
     return vae.eval()
+
+
+def _put_channels_last(vae: nn.Module) -> None:
+    """Lay the kernels out as cards convolve fastest; activations follow them."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in vae.parameters():
+        if parameter.ndim in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
 
 
 def _names(source: TensorSource) -> Mapping[str, str]:

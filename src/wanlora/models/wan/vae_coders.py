@@ -13,10 +13,10 @@ from wanlora.models.wan.vae_layers import (
     CausalConv3d,
     CausalLayer,
     Chain,
-    ChannelNorm,
     ChunkCache,
     Downsample,
     FrameAttention,
+    Head,
     ResidualBlock,
     Upsample,
 )
@@ -41,7 +41,7 @@ class Encoder(CausalLayer):
                 layers.append(Downsample(wide, time=TIME_DOWN[level]))
         self.downsamples = Chain(*layers)
         self.middle = _middle(widths[-1])
-        self.head = _head(widths[-1], 2 * z)
+        self.head = Head(widths[-1], 2 * z)
 
     def forward(self, x: Tensor, cache: ChunkCache) -> Tensor:
         for part in (self.conv1, self.downsamples, self.middle, self.head):
@@ -65,7 +65,7 @@ class Decoder(CausalLayer):
                 layers.append(Upsample(width, time=TIME_DOWN[-1 - level]))
                 previous = width // 2
         self.upsamples = Chain(*layers)
-        self.head = _head(base, 3)
+        self.head = Head(base, 3)
 
     def forward(self, x: Tensor, cache: ChunkCache) -> Tensor:
         for part in (self.conv1, self.middle, self.upsamples, self.head):
@@ -75,7 +75,3 @@ class Decoder(CausalLayer):
 
 def _middle(width: int) -> Chain:
     return Chain(ResidualBlock(width, width), FrameAttention(width), ResidualBlock(width, width))
-
-
-def _head(width: int, out_channels: int) -> Chain:
-    return Chain(ChannelNorm(width), nn.SiLU(inplace=True), CausalConv3d(width, out_channels, (3, 3, 3)))

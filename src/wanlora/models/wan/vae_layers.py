@@ -9,7 +9,11 @@ The chunks are part of the definition: the first frame (or latent) goes alone an
 it, chunks of any size give the same result, and the size only trades memory for speed.
 
 Where nothing lies before a single frame, the taps of a kernel that would meet zeros are left out: pictures and first
-frames cost a third. Source: wan/modules/vae.py of github.com/Wan-Video/Wan2.1.
+frames cost a third.
+
+On the wide levels the convolutions wait for memory, so what lies between two of them is one pass: norm and SiLU write
+their result beside the past that the next convolution reads (`Stage`). With gradients the plain layers run, which are
+the reference. Source: wan/modules/vae.py of github.com/Wan-Video/Wan2.1.
 """
 
 from collections.abc import Callable
@@ -19,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from wanlora.models.wan.vae_kernels import activate_rows
 
 
 class ChunkCache:
@@ -71,14 +77,34 @@ class CausalConv3d(nn.Conv3d, CausalLayer):
         past = cache.recall(self, x)
         if past is not None:
             x = torch.cat([past, x], dim=2)
-        cache.keep(self, x[:, :, -self._reach :])
+        self.keep(x, cache)
         num_missing = self._reach + num_frames - x.shape[2]
-        if num_frames > 1:
-            padded = F.pad(x, (0, 0, 0, 0, num_missing, 0)) if num_missing else x
-            return F.conv3d(padded, self.weight, self.bias, padding=self.padding)
-        if x.shape[2] > 1:
-            return F.conv3d(x, self.weight[:, :, num_missing:], self.bias, padding=self.padding)
-        return F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, padding=self.padding[1:]).unsqueeze(2)
+        if num_frames > 1 and num_missing:
+            x = F.pad(x, (0, 0, 0, 0, num_missing, 0))
+        return self.convolve(x)
+
+    def keep(self, x: Tensor, cache: ChunkCache) -> None:
+        """Keep what the next chunk needs of frames with their past."""
+        cache.keep(self, x[:, :, -self._reach :])
+
+    def room(self, x: Tensor, cache: ChunkCache) -> tuple[Tensor, Tensor]:
+        """What `convolve` takes for a chunk shaped as `x`, with the past in its place, and its part for the chunk."""
+        past = cache.recall(self, x)
+        num_past = 0 if past is None else past.shape[2]
+        lead = self._reach if x.shape[2] > 1 else num_past
+        shape = (*x.shape[:2], lead + x.shape[2], *x.shape[3:])
+        beside = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format_of(x))
+        beside[:, :, : lead - num_past].zero_()
+        if past is not None:
+            beside[:, :, lead - num_past : lead] = past
+        return beside, beside[:, :, lead:]
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The convolution of frames with as many frames of the past before them as there are."""
+        if x.shape[2] == 1:
+            return F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, padding=self.padding[1:]).unsqueeze(2)
+        num_missing = max(0, self._reach + 1 - x.shape[2])
+        return F.conv3d(x, self.weight[:, :, num_missing:], self.bias, padding=self.padding)
 
 
 class ChannelNorm(nn.Module):
@@ -91,26 +117,73 @@ class ChannelNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=1).mul_(self.gamma * sqrt(len(self.gamma)))
 
+    def activate(self, x: Tensor, out: Tensor) -> None:
+        """Write SiLU of the norm of `x` to `out`, another tensor of its shape."""
+        if not activate_rows(x, self.gamma, out):
+            F.silu(torch.mul(F.normalize(x, dim=1), self.gamma * sqrt(len(self.gamma)), out=out), inplace=True)
+
+
+class Stage:
+    """Norm, SiLU and a causal convolution in two passes over memory. It has no gradients and owns no weights."""
+
+    def __init__(self, norm: ChannelNorm, conv: CausalConv3d) -> None:
+        self._norm, self._conv = norm, conv
+
+    def prepare(self, x: Tensor, cache: ChunkCache) -> Tensor:
+        """SiLU of the norm of `x`, beside the past."""
+        beside, present = self._conv.room(x, cache)
+        self._norm.activate(x, present)
+        self._conv.keep(beside, cache)
+        return beside
+
+    def finish(self, beside: Tensor) -> Tensor:
+        """The convolution of what `prepare` made."""
+        return self._conv.convolve(beside)
+
+
+class Head(Chain):
+    """The last norm and convolution."""
+
+    def __init__(self, width: int, out_channels: int) -> None:
+        norm, conv = ChannelNorm(width), CausalConv3d(width, out_channels, (3, 3, 3))
+        super().__init__(norm, nn.SiLU(inplace=True), conv)
+        self._stage = Stage(norm, conv)
+
+    def forward(self, x: Tensor, cache: ChunkCache) -> Tensor:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            return super().forward(x, cache)
+        return self._stage.finish(self._stage.prepare(x, cache))
+
 
 class ResidualBlock(CausalLayer):
     """Two causal 3x3x3 convolutions beside a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
+        norms = ChannelNorm(in_channels), ChannelNorm(out_channels)
+        convs = CausalConv3d(in_channels, out_channels, (3, 3, 3)), CausalConv3d(out_channels, out_channels, (3, 3, 3))
         self.residual = Chain(
-            ChannelNorm(in_channels),
+            norms[0],
             nn.SiLU(inplace=True),
-            CausalConv3d(in_channels, out_channels, (3, 3, 3)),
-            ChannelNorm(out_channels),
+            convs[0],
+            norms[1],
             nn.SiLU(inplace=True),
             nn.Identity(),  # a dropout in training code; it keeps the official numbering
-            CausalConv3d(out_channels, out_channels, (3, 3, 3)),
+            convs[1],
         )
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
+        self._stages = Stage(norms[0], convs[0]), Stage(norms[1], convs[1])
 
     def forward(self, x: Tensor, cache: ChunkCache) -> Tensor:
-        y: Tensor = self.residual(x, cache)
+        y: Tensor = self.residual(x, cache) if torch.is_grad_enabled() else self._in_stages(x, cache)
         return y.add_(self.shortcut(x))
+
+    def _in_stages(self, x: Tensor, cache: ChunkCache) -> Tensor:
+        first, second = self._stages
+        y = first.finish(first.prepare(x, cache))
+        beside = second.prepare(y, cache)
+        del y  # on the wide levels every tensor counts
+        return second.finish(beside)
 
 
 class FrameAttention(nn.Module):
@@ -126,12 +199,14 @@ class FrameAttention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([self._attend(frame) for frame in x.unbind(dim=2)], dim=2)
+        return x + _frame_by_frame(self._attend, x)
 
     def _attend(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.to_qkv(self.norm(x)), "b (part c) h w -> part b 1 (h w) c", part=3)
-        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
-        return x + self.proj(out)
+        q, k, v = rearrange(self.to_qkv(self.norm(x)), "f (part c) h w -> part f 1 (h w) c", part=3)
+        frames = zip(q.split(1), k.split(1), v.split(1), strict=True)
+        out = torch.cat([F.scaled_dot_product_attention(*frame) for frame in frames])
+        attended: Tensor = self.proj(rearrange(out, "f 1 (h w) c -> f c h w", h=x.shape[2]))
+        return attended
 
 
 class Downsample(CausalLayer):
@@ -171,6 +246,11 @@ class Upsample(CausalLayer):
         if self.time_conv is not None and not cache.first:
             x = rearrange(self.time_conv(x, cache), "b (t c) f h w -> b c (f t) h w", t=2)
         return _frame_by_frame(self.resample, x)
+
+
+def _format_of(x: Tensor) -> torch.memory_format:
+    last = torch.channels_last_3d
+    return last if x.is_contiguous(memory_format=last) else torch.contiguous_format
 
 
 def _frame_by_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -1,0 +1,211 @@
+"""Seconds per clip and peak memory of VAE encoding, and how long a caching run takes that finds nothing to do.
+
+Usage: python benchmarks/caching.py encode rerun --results DIR
+
+`encode` gives clips of random bytes to the encoder that wan_cache_latents.py uses, in bf16 with random weights, from
+pixels in main memory to latents in main memory, and does the same with the VAE of diffusers if that is installed.
+`rerun` caches 1,000 small clips (copies of one, with made-up latents) and times the whole process of running again.
+See README.md beside this file.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.machine import conditions, machine, report_path, write_report
+from wanlora.caching.encoding import LatentEncoder
+from wanlora.data.resize import Clip
+from wanlora.foundation.shapes import PixelShape
+from wanlora.foundation.tensor_files import save_tensors
+from wanlora.models.wan.vae import VAESizes, WanVAE, load_vae
+
+ROOT = Path(__file__).resolve().parents[1]
+_GIB = 2**30
+_NUM_CLIPS = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peer:
+    """musubi 0.3.4, bf16, on an H100 80GB HBM3 with torch 2.11.0+cu130."""
+
+    seconds: float
+    peak_gib: float
+
+
+BUCKETS = {
+    PixelShape(768, 768, 1): Peer(seconds=0.033, peak_gib=2.9),
+    PixelShape(768, 416, 21): Peer(seconds=0.303, peak_gib=4.7),
+    PixelShape(384, 208, 45): Peer(seconds=0.180, peak_gib=1.4),
+    PixelShape(832, 480, 81): Peer(seconds=1.437, peak_gib=6.0),
+}
+_SMALL = {PixelShape(64, 48, 5): Peer(seconds=0.0, peak_gib=0.0)}
+"""What machines without a card encode, as a rehearsal."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """One way to encode one size."""
+
+    seconds: float
+    """A clip; the median."""
+    fastest: float
+    slowest: float
+    first: float
+    """The very first batch of this size, kernels chosen and compiled."""
+    peak_gib: float | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="+", choices=["encode", "rerun"])
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the JSON")
+    parser.add_argument("--repeats", type=int, default=8, help="timed batches of each size")
+    parser.add_argument("--clips", type=int, default=_NUM_CLIPS, help="clips of the rerun")
+    options = parser.parse_args(argv)
+    print(machine(), flush=True)
+    path, report = report_path(options.results, "caching"), conditions()
+    if "encode" in options.stages:
+        report["encode"] = _encode(options.repeats)
+        write_report(path, report)
+    if "rerun" in options.stages:
+        report["rerun"] = _rerun(options.clips)
+        write_report(path, report)
+    return 0
+
+
+def _encode(repeats: int) -> dict[str, Any]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    buckets = BUCKETS if device.type == "cuda" else _SMALL
+    ways: dict[str, Callable[[Sequence[Clip]], object]] = {"wanlora": _ours(device)}
+    theirs = _diffusers(device)
+    if theirs is None:
+        print("diffusers is not installed: its VAE is left out", flush=True)
+    else:
+        ways["diffusers"] = theirs
+    figures: dict[str, dict[str, Any]] = {}
+    for pixels, peer in buckets.items():
+        for way, encode in ways.items():
+            for batch in (1, 4) if way == "wanlora" and pixels.frames == 1 else (1,):
+                name = f"{way}, batch {batch}"
+                found = _measure(encode, pixels, batch, repeats, device)
+                figures.setdefault(str(pixels), {})[name] = asdict(found)
+                peak = "" if found.peak_gib is None else f", {found.peak_gib:.2f} GiB (musubi {peer.peak_gib})"
+                print(f"{pixels} {name}: {found.seconds:.4f} s (musubi {peer.seconds}){peak}", flush=True)
+        figures[str(pixels)]["musubi 0.3.4 on an H100"] = asdict(peer)
+    return figures
+
+
+def _ours(device: torch.device) -> Callable[[Sequence[Clip]], object]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vae.safetensors"
+        torch.manual_seed(0)
+        save_tensors(path, WanVAE(VAESizes() if device.type == "cuda" else VAESizes(base=8)).state_dict())
+        vae = load_vae(path, device=device, dtype=torch.bfloat16)
+    encoder = LatentEncoder(vae, storage=torch.bfloat16)
+    return lambda clips: encoder.encode(clips).latents()
+
+
+def _diffusers(device: torch.device) -> Callable[[Sequence[Clip]], object] | None:
+    try:
+        from diffusers import AutoencoderKLWan
+    except ImportError:
+        return None
+    vae = AutoencoderKLWan(base_dim=96 if device.type == "cuda" else 8).to(device, torch.bfloat16).eval()
+
+    @torch.no_grad()
+    def encode(clips: Sequence[Clip]) -> object:
+        pixels = torch.from_numpy(np.stack(clips)).to(device).permute(0, 4, 1, 2, 3).contiguous()
+        return vae.encode(pixels.float().div_(127.5).sub_(1).to(torch.bfloat16)).latent_dist.mean.cpu()
+
+    return encode
+
+
+def _measure(
+    encode: Callable[[Sequence[Clip]], object], pixels: PixelShape, batch: int, repeats: int, device: torch.device
+) -> Figures:
+    shape = (pixels.frames, pixels.height, pixels.width, 3)
+    clips = [np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8) for number in range(batch)]
+    seconds = []
+    for number in range(repeats + 2):
+        if number == 2 and device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        begin = time.perf_counter()
+        encode(clips)
+        seconds.append((time.perf_counter() - begin) / batch)
+    timed = seconds[2:]
+    peak = torch.cuda.max_memory_allocated() / _GIB if device.type == "cuda" else None
+    return Figures(
+        seconds=median(timed), fastest=min(timed), slowest=max(timed), first=seconds[0] * batch, peak_gib=peak
+    )
+
+
+def _rerun(num_clips: int) -> dict[str, Any]:
+    """Cache small clips as a user would, then time running again, three times."""
+    from wanlora.caching.start import identity
+    from wanlora.config.dataset import read_datasets
+    from wanlora.data.cache_files import source_fingerprint
+    from wanlora.data.cache_tensors import write_latents
+    from wanlora.data.plan import plan_datasets
+    from wanlora.quickstart.media import SCENES, write_clip
+    from wanlora.quickstart.tiny_model import make_tiny_wan
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        vae = make_tiny_wan(folder / "models").vae
+        first = folder / "videos" / "clip_0000.mp4"
+        write_clip(first, SCENES[0], frames=60, width=64, height=64)
+        for number in range(num_clips):
+            path = folder / "videos" / f"clip_{number:04}.mp4"
+            if path != first:
+                shutil.copy(first, path)
+            path.with_suffix(".txt").write_text(SCENES[0].caption, encoding="utf-8")
+        dataset = folder / "dataset.toml"
+        dataset.write_text(_TOML.format(folder=folder.as_posix()), encoding="utf-8")
+        digest = identity(vae)
+        for item in plan_datasets(read_datasets(dataset)).cached_items:
+            stamp = item.stamp(vae=digest, vae_dtype="float32")
+            shape = (16, stamp.latents.frames, stamp.latents.height, stamp.latents.width)
+            write_latents(item.latent_path, torch.zeros(shape).bfloat16(), stamp, source_fingerprint(item.source.path))
+        command = [sys.executable, str(ROOT / "wan_cache_latents.py"), "--dataset_config", str(dataset)]
+        seconds = [_run([*command, "--vae", str(vae)]) for _ in range(3)]
+    print(f"a rerun over {num_clips} clips with nothing to do: {median(seconds):.2f} s, the whole process", flush=True)
+    return {"clips": num_clips, "seconds": seconds}
+
+
+_TOML = """\
+[general]
+caption_extension = ".txt"
+
+[[datasets]]
+video_directory = "{folder}/videos"
+cache_directory = "{folder}/cache"
+resolution = [32, 32]
+target_frames = [45]
+"""
+
+
+def _run(command: list[str]) -> float:
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    begin = time.perf_counter()
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=True)
+    if "nothing is encoded" not in done.stderr:
+        raise RuntimeError(f"the rerun had something to do:\n{done.stderr}")
+    return time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    sys.exit(main())

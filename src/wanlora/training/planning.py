@@ -1,0 +1,142 @@
+"""Planning a run: for the card in this machine, or for one that is named."""
+
+import os
+from dataclasses import replace
+
+import torch
+
+from wanlora.config.planning import PlannedConfig, PlanningConfig
+from wanlora.config.train import TrainConfig
+from wanlora.data.report import report_lines
+from wanlora.foundation.devices import find_device
+from wanlora.foundation.errors import ConfigError
+from wanlora.foundation.files import write_json
+from wanlora.foundation.log import log
+from wanlora.memory.cards import Card, detect_card, find_card
+from wanlora.memory.measure import GIB
+from wanlora.memory.outlook import fewest_swapped
+from wanlora.training.announce import run_length
+from wanlora.training.build import fp8_weights, wants_compile
+from wanlora.training.engine import compute_dtype
+from wanlora.training.plan import RunPlan, Target, drawing_bytes, loads_of, make_outlook, make_plan
+from wanlora.training.plan_report import plan_lines, plan_record
+from wanlora.training.position import steps_per_epoch
+from wanlora.training.prepare import Prepared, prepare
+
+AUTO = "auto"
+_CONTEXT = int(0.6 * GIB)
+"""What CUDA and its libraries take of a card outside of PyTorch's allocator, about."""
+
+
+def plan_run(config: PlannedConfig) -> None:
+    """Check the run but for its caches and log its plan. Raises a `UserError` for everything that the user can mend."""
+    planning = config.planning
+    if planning.card is not None and planning.vram is not None:
+        raise ConfigError("--card and --vram both say how much memory there is; give one of them")
+    target = _named_target(config, planning)
+    prepared = prepare(config, caches=False)
+    for line in report_lines(prepared.plan):
+        log.info(line)
+    log.info(f"training {config.model.task} for {run_length(config, prepared)}")
+    if target is None:
+        target = present_target(config)
+        if target.total is None:
+            log.info('there is no CUDA card here: plan for another machine with --card "RTX 4090" or --vram 24')
+    plan = log_plan(settle(config, prepared, target), prepared, target)
+    if planning.json is not None:
+        write_json(planning.json, plan_record(plan))
+        log.info(f"saved {planning.json}")
+
+
+def present_target(config: TrainConfig) -> Target:
+    """The card that this process would train on, or the processor."""
+    device = _device(config)
+    compiled, fp8 = wants_compile(config.memory, device), fp8_weights(config.memory, device)
+    if device.type != "cuda":
+        return Target(name="the processor, without a card", compiled=compiled, fp8=fp8, streams=False)
+    free, total = torch.cuda.mem_get_info(device)
+    return Target(
+        name=f"{torch.cuda.get_device_name(device)}, {total / GIB:.1f} GiB of which {free / GIB:.1f} are free",
+        total=total,
+        room=_room(free),
+        rates=detect_card(device),
+        compiled=compiled,
+        fp8=fp8,
+    )
+
+
+def settle(config: TrainConfig, prepared: Prepared, target: Target) -> TrainConfig:
+    """The settings with a number in place of `--blocks_to_swap auto`: the smallest with which every size fits."""
+    if config.memory.blocks_to_swap != AUTO:
+        return config
+    return replace(config, memory=replace(config.memory, blocks_to_swap=_fewest(config, prepared, target)))
+
+
+def _fewest(config: TrainConfig, prepared: Prepared, target: Target) -> int:
+    if target.room is None:
+        log.info("--blocks_to_swap auto: 0, because without a CUDA card all weights are in system memory")
+        return 0
+    outlook = make_outlook(config, prepared, target, dtype=_dtype(config, prepared))
+    loads, besides = loads_of(prepared.plan), drawing_bytes(config.model, prepared, outlook)
+    number = fewest_swapped(outlook, loads, target.room, besides=besides)
+    chosen = replace(outlook, swapped=outlook.num_blocks - outlook.ring if number is None else number)
+    needs = max(*map(chosen.peak, loads), sum(chosen.resting().values()) + besides) / GIB
+    figures = f"{needs:.1f} of {target.room / GIB:.1f} GiB are needed"
+    if number is None:
+        log.warning(f"--blocks_to_swap auto: {chosen.swapped}, which are all, and still {figures}")
+    else:
+        without = max(*map(outlook.peak, loads), sum(outlook.resting().values()) + besides) / GIB
+        less = f", {without:.1f} with none swapped" if number else ""
+        log.info(f"--blocks_to_swap auto: {number}; {figures}{less}")
+    return chosen.swapped
+
+
+def log_plan(config: TrainConfig, prepared: Prepared, target: Target) -> RunPlan:
+    """Log the plan of a run on `target`; `config` is settled."""
+    plan = make_plan(config, prepared, target, dtype=_dtype(config, prepared))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    steps = steps_per_epoch(prepared.plan.num_batches, config.run.gradient_accumulation_steps * processes)
+    for line in plan_lines(plan, steps=steps, epochs=_epochs(config, prepared, steps), processes=processes):
+        log.info(line)
+    return plan
+
+
+def _epochs(config: TrainConfig, prepared: Prepared, steps: int) -> float:
+    """How many epochs are left, in parts."""
+    start, length = prepared.start, prepared.plan.num_batches
+    if config.run.max_train_epochs is None:
+        return max(config.run.max_train_steps - start.step, 0) / steps
+    return max(config.run.max_train_epochs - start.epoch - start.batch / length, 0)
+
+
+def _named_target(config: TrainConfig, planning: PlanningConfig) -> Target | None:
+    if planning.card is None and planning.vram is None:
+        return None
+    card: Card | None = None if planning.card is None else find_card(planning.card)
+    memory = planning.vram if card is None else card.memory
+    assert memory is not None
+    total = int(memory * GIB)
+    return Target(
+        name=f"a card of {memory:g} GiB" if card is None else f"{card.name}, {memory:g} GiB",
+        total=total,
+        room=_room(total - _CONTEXT),
+        rates=card,
+        compiled=config.memory.compile is not False,
+        fp8="rows" if config.memory.fp8_fast and (card is None or card.fp8) else config.memory.fp8_mode,
+    )
+
+
+def _device(config: TrainConfig) -> torch.device:
+    device = find_device(config.run.device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+def _dtype(config: TrainConfig, prepared: Prepared) -> torch.dtype:
+    return compute_dtype(config.run.mixed_precision, prepared.transformer.dtypes[0], _device(config))
+
+
+def _room(free: int) -> int:
+    """What tensors can hold of what is free."""
+    return max(int(0.96 * (free - GIB // 2)), 0)

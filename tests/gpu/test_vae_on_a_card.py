@@ -1,0 +1,61 @@
+"""The autoencoder as cards compute it: channels last, norm and SiLU in one kernel, latents copied back later."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wanlora.caching.encoding import LatentEncoder
+from wanlora.models.wan.vae import VAESizes, WanVAE, _put_channels_last
+from wanlora.models.wan.vae_kernels import activate_rows
+
+pytestmark = pytest.mark.gpu
+
+CARD = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def vae() -> WanVAE:
+    torch.manual_seed(0)
+    return WanVAE(VAESizes(base=16)).eval()
+
+
+@pytest.mark.parametrize("shape", [(1, 96, 3, 5, 7), (2, 192, 1, 4, 4), (3, 384, 4, 3, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_is_the_operations(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(shape, device=CARD, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
+    x[0, :, 0, 0, 0] = 0
+    gamma = torch.rand(shape[1], 1, 1, 1, device=CARD, dtype=dtype) + 0.5
+    longer = (*shape[:2], shape[2] + 2, *shape[3:])
+    beside = torch.full(longer, 7.0, device=CARD, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
+    assert activate_rows(x, gamma, beside[:, :, 2:])
+    expected = F.silu(F.normalize(x.float(), dim=1) * gamma.float() * shape[1] ** 0.5)
+    torch.testing.assert_close(
+        beside[:, :, 2:], expected.to(dtype), atol=1e-5 if dtype == torch.float32 else 0.02, rtol=0.01
+    )
+    assert (beside[:, :, :2] == 7).all()
+
+
+def on_card(vae: WanVAE, dtype: torch.dtype) -> WanVAE:
+    vae = vae.to(CARD, dtype)
+    _put_channels_last(vae)
+    return vae
+
+
+def test_latents_of_the_card_are_those_of_the_processor(vae: WanVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    pixels = torch.randint(0, 256, (2, 3, 21, 64, 48), dtype=torch.uint8)
+    expected = vae.encode(pixels)
+    latents = on_card(vae, torch.float32).encode(pixels)
+    torch.testing.assert_close(latents.cpu(), expected, atol=1e-4, rtol=1e-4)
+    rough: Tensor = vae.bfloat16().encode(pixels).float().cpu()
+    assert (rough - expected).norm() < 0.05 * expected.norm()
+
+
+def test_latents_that_are_fetched_late_are_those_of_their_clip(vae: WanVAE) -> None:
+    encoder = LatentEncoder(on_card(vae, torch.bfloat16), storage=torch.bfloat16)
+    clips = [np.random.default_rng(seed).integers(0, 256, (5, 64, 48, 3), dtype=np.uint8) for seed in range(6)]
+    at_once = [encoder.encode([clip]).latents()[0] for clip in clips]
+    begun = [encoder.encode([clip]) for clip in clips]
+    assert all(torch.equal(later.latents()[0], first) for later, first in zip(begun, at_once, strict=True))

@@ -1,0 +1,230 @@
+"""The plan of a run: what is counted, what is said, and the number that stands for auto."""
+
+import logging
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.runs import TrainingFolder
+from tests.unit.training.conftest import Checked
+from wanlora.foundation.log import log
+from wanlora.foundation.random import Streams
+from wanlora.foundation.shapes import PixelShape
+from wanlora.memory.cards import CARDS
+from wanlora.training import planning
+from wanlora.training.build import build_trainee, fp8_weights
+from wanlora.training.optimizers import OptimizerChoice, choose_optimizer, state_bytes
+from wanlora.training.plan import RunPlan, Target, count_buckets, make_outlook, make_plan
+from wanlora.training.plan_report import duration, plan_lines, plan_record, smaller_clip
+
+MIB = 2**20
+Captured = pytest.LogCaptureFixture
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, caplog: Captured) -> Captured:
+    """The log of this test."""
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.INFO, logger="wanlora")
+    return caplog
+
+
+def target(room_mib: float) -> Target:
+    return Target(name="a card", total=24 * 2**30, room=int(room_mib * MIB), rates=CARDS["RTX 4090"], compiled=True)
+
+
+def planned(checked: Checked, room_mib: float, *flags: str) -> RunPlan:
+    config, prepared = checked("--mixed_precision", "bf16", *flags)
+    card = replace(target(room_mib), fp8=fp8_weights(config.memory, torch.device("cpu")))
+    return make_plan(config, prepared, card, dtype=torch.bfloat16)
+
+
+def lines(plan: RunPlan) -> str:
+    return "\n".join(plan_lines(plan, steps=8, epochs=2.5))
+
+
+def test_batches_are_those_of_an_epoch(checked: Checked) -> None:
+    _, prepared = checked()
+    counts = count_buckets(prepared.plan)
+    assert counts == {
+        (PixelShape(48, 32), 2): (3, 2),
+        (PixelShape(32, 32), 1): (3, 3),
+        (PixelShape(32, 32, 5), 1): (3, 3),
+    }
+    assert sum(batches for _, batches in counts.values()) == prepared.plan.num_batches
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--fp8_scaled",),
+        ("--fp8_scaled", "--fp8_fast"),
+        ("--fp8_base", "--network_args", "exclude_patterns=['.*ffn']"),
+    ],
+)
+def test_what_rests_is_what_is_built(checked: Checked, flags: tuple[str, ...]) -> None:
+    config, prepared = checked("--mixed_precision", "bf16", *flags)
+    here = planning.present_target(config)
+    outlook = make_outlook(config, prepared, here, dtype=torch.bfloat16)
+    trainee = build_trainee(config, prepared, torch.device("cpu"), Streams(0), quiet=True)
+    tensors = [*trainee.model.parameters(), *trainee.model.buffers()]
+    frozen = sum(tensor.numel() * tensor.element_size() for tensor in tensors if not tensor.requires_grad)
+    assert outlook.trained == trainee.network.num_parameters
+    assert outlook.resting()["weights"] == frozen
+    assert outlook.resting()["LoRA"] == 4 * trainee.network.num_parameters
+
+
+def test_settings_reach_the_plan(checked: Checked) -> None:
+    flags = ("--blocks_to_swap", "3", "--block_swap_ring_size", "4", "--gradient_checkpointing", "--network_dim", "6")
+    more = (
+        "--gradient_checkpointing_cpu_offload",
+        "--residual_dtype",
+        "bfloat16",
+        "--gradient_accumulation_steps",
+        "2",
+    )
+    config, prepared = checked(*flags, *more)
+    outlook = make_outlook(config, prepared, target(4000), dtype=torch.float32)
+    assert (outlook.swapped, outlook.ring, outlook.streamed) == (3, 4, 7)
+    assert outlook.recompute and outlook.offload and outlook.accumulates
+    assert (outlook.maths.rank, outlook.maths.residual, outlook.maths.compute) == (6, torch.bfloat16, torch.float32)
+    assert not outlook.maths.fp8 and outlook.maths.compiled
+    fast = make_outlook(config, prepared, replace(target(4000), fp8="rows"), dtype=torch.bfloat16)
+    assert fast.maths.fp8 and fast.fp8_products and fast.formats.scales == "rows"
+
+
+@pytest.mark.parametrize(("name", "expected"), [("adamw", 8), ("adamw8bit", 2), ("SGD", 0)])
+def test_an_optimizers_memory_is_found_by_trying(checked: Checked, name: str, expected: float) -> None:
+    config, _ = checked("--optimizer_type", name)
+    assert state_bytes(choose_optimizer(config.optimizer, {})) == pytest.approx(expected, abs=0.05)
+
+
+def test_an_optimizer_that_cannot_be_tried_counts_as_adam() -> None:
+    class OnlyOnCards(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise NotImplementedError("no CPU")
+
+    assert state_bytes(OptimizerChoice(name="x", maker=OnlyOnCards, arguments={"lr": 1e-3})) == 8
+
+
+def test_a_plan_that_fits_says_so(checked: Checked) -> None:
+    plan = planned(checked, 2000, "--gradient_checkpointing")
+    assert plan.fits and plan.cures == {}
+    text = lines(plan)
+    assert f"it fits: {plan.largest.pixels} needs" in text
+    assert "an epoch: 8 steps" in text and "the run: about" in text
+    assert "needs: with every block recomputed" in text
+    assert all(str(bucket.pixels) in text for bucket in plan.buckets)
+    assert all(bucket.kept == 12 for bucket in plan.buckets)
+
+
+def test_a_plan_that_does_not_fit_says_what_would(checked: Checked) -> None:
+    roomy = planned(checked, 2000)
+    room = (roomy.largest.peak - 1) / MIB
+    plan = planned(checked, room)
+    assert plan.fits is False
+    assert "--gradient_checkpointing" in plan.cures
+    text = lines(plan)
+    assert "it does not fit" in text and str(plan.largest.pixels) in text
+    assert "  --gradient_checkpointing: " in text
+
+
+def test_where_nothing_helps_that_is_said(checked: Checked) -> None:
+    plan = planned(checked, 1, "--fp8_scaled", "--gradient_checkpointing")
+    assert plan.cures == {} and smaller_clip(plan) == ""
+    assert "a card with more memory" in lines(plan)
+
+
+def test_a_smaller_batch_or_clip_is_proposed(checked: Checked) -> None:
+    plan = planned(checked, 2000)
+    clip = replace(
+        plan.largest, pixels=PixelShape(480, 480, 81), load=replace(plan.largest.load, tokens=18900, batch=1)
+    )
+    needs = plan.outlook.peak(replace(clip.load, tokens=900 * 11))
+    tight = replace(plan, buckets=(clip,), target=replace(plan.target, room=needs))
+    assert smaller_clip(tight).startswith("41 instead of 81 frames")
+    pair = replace(clip, batch=4, load=replace(clip.load, tokens=900, batch=4))
+    room = plan.outlook.peak(replace(pair.load, batch=3))
+    assert smaller_clip(replace(tight, buckets=(pair,), target=replace(plan.target, room=room))).startswith(
+        "batch_size = 3"
+    )
+
+
+def test_previews_are_planned(checked: Checked, training_folder: TrainingFolder) -> None:
+    models = training_folder.models
+    prompts = training_folder.folder / "prompts.txt"
+    prompts.write_text("a shape --w 64 --h 64 --f 5")
+    flags = ("--sample_prompts", str(prompts), "--sample_at_first", "--offline", "--tokenizer", str(models.tokenizer))
+    plan = planned(checked, 2000, *flags, "--vae", str(models.vae), "--t5", str(models.t5))
+    resting = sum(plan.outlook.resting().values())
+    assert plan.other_peaks["previews"] > resting
+    assert plan.other_peaks["text encoder for previews"] > 300 * MIB
+    tight = replace(plan, target=replace(plan.target, room=200 * MIB))
+    assert "too much for the text encoder for previews" in lines(tight)
+
+
+def test_caches_that_are_there_are_counted(checked: Checked) -> None:
+    plan = planned(checked, 2000)
+    assert 0 < plan.disk.text_there == plan.disk.text
+    assert plan.disk.latents_there == pytest.approx(plan.disk.latents, abs=9 * 1024)
+
+
+def test_the_record_holds_what_was_said(checked: Checked) -> None:
+    plan = planned(checked, 2000)
+    record = plan_record(plan)
+    assert record["fits"] is True
+    assert [bucket["peak_bytes"] for bucket in record["buckets"]] == [bucket.peak for bucket in plan.buckets]
+    assert sum(record["card_bytes"].values()) == plan.largest.peak
+    assert record["settings"]["trained_numbers"] == plan.outlook.trained
+
+
+def test_auto_is_zero_without_a_card_and_that_is_said(checked: Checked, said: Captured) -> None:
+    config, prepared = checked("--blocks_to_swap", "auto")
+    settled = planning.settle(config, prepared, planning.present_target(config))
+    assert settled.memory.blocks_to_swap == 0
+    assert "--blocks_to_swap auto: 0" in said.text
+
+
+def test_auto_is_the_fewest_that_fit(checked: Checked, said: Captured) -> None:
+    config, prepared = checked("--blocks_to_swap", "auto", "--gradient_checkpointing")
+    outlook = make_outlook(config, prepared, target(4000), dtype=torch.float32)
+    peak = max(bucket.peak for bucket in make_plan(config, prepared, target(4000), dtype=torch.float32).buckets)
+    block = outlook.resting()["weights"] // 12
+    card = replace(target(0), room=peak - 2 * block)
+    settled = planning.settle(config, prepared, card)
+    assert settled.memory.blocks_to_swap in (2, 3)
+    assert f"--blocks_to_swap auto: {settled.memory.blocks_to_swap};" in said.text
+    assert planning.settle(config, prepared, target(4000)).memory.blocks_to_swap == 0
+
+
+def test_auto_swaps_all_where_nothing_suffices(checked: Checked, said: Captured) -> None:
+    config, prepared = checked("--blocks_to_swap", "auto")
+    assert planning.settle(config, prepared, target(1)).memory.blocks_to_swap == 10
+    assert "10, which are all" in said.text
+
+
+def test_a_number_is_left_as_it_is(checked: Checked) -> None:
+    config, prepared = checked("--blocks_to_swap", "4")
+    assert planning.settle(config, prepared, target(1)) is config
+
+
+def test_the_card_here_is_asked_for_what_is_free(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _ = checked("--no_compile")
+    properties = SimpleNamespace(name="NVIDIA GeForce RTX 3090", total_memory=24 * 2**30)
+    monkeypatch.setattr(planning, "find_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * 2**30, 24 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: properties.name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    here = planning.present_target(config)
+    assert here.rates is not None and here.rates.name == "RTX 3090" and here.rates.memory == 24
+    assert here.room is not None and 18 * 2**30 < here.room < 20 * 2**30
+    assert here.total == 24 * 2**30 and "20.0 are free" in here.name
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (720, "12 min"), (12_600, "3.5 h"), (363_000, "4.2 days")])
+def test_times_are_told_in_the_unit_that_fits(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
