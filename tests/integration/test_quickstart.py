@@ -19,7 +19,7 @@ from wanlora.quickstart import dataset
 from wanlora.quickstart.run import Recipe
 dataset.PROMPTS = dataset.PROMPTS[-2:]
 right = Recipe.for_device
-Recipe.for_device = lambda device, seed: replace(right(device, seed), steps=32)
+Recipe.for_device = lambda device, seed: replace(right(device, seed), steps=48)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -46,9 +46,9 @@ def test_it_leaves_everything_that_a_real_run_leaves(done: tuple[Path, str]) -> 
     assert (run / "output" / "comic_flies.safetensors").is_file()
     assert list((run / "logs").rglob("events.out.tfevents.*"))
     steps = read_steps(run / "output" / "comic_flies-steps.jsonl")
-    assert len(steps) == 32
+    assert len(steps) == 48
     assert {item.rpartition("_wan.")[0][-9:] for row in steps for item in row["items"]} >= {"0064x0048", "0096x0064"}
-    assert [row["step"] for row in read_validations(run / "output" / "comic_flies-steps.jsonl")][-1] == 32
+    assert [row["step"] for row in read_validations(run / "output" / "comic_flies-steps.jsonl")][-1] == 48
     samples = sorted((run / "output" / "sample").iterdir())
     assert {path.suffix for path in samples} == {".mp4", ".png"}
     before, *_, after = (path for path in samples if path.suffix == ".mp4")

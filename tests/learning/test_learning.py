@@ -88,9 +88,9 @@ def dead_adapter(patch: Patch) -> None:
 def unscaled_fp8_weight(patch: Patch) -> None:
     right, calls = installer.quantize_blockwise, []
 
-    def forgetful(weight: Tensor) -> tuple[Tensor, Tensor]:
+    def forgetful(weight: Tensor, *block: int) -> tuple[Tensor, Tensor]:
         calls.append(weight)
-        quantised, scale = right(weight)
+        quantised, scale = right(weight, *block)
         return quantised, torch.ones_like(scale) if len(calls) == 8 else scale
 
     patch.setattr(installer, "quantize_blockwise", forgetful)

@@ -41,7 +41,7 @@ class Recipe:
 
     steps: int = 200
     """Updates."""
-    learning_rate: float = 5e-3
+    learning_rate: float = 6e-3
     """The optimizer's rate at the start; it falls in the last third."""
     rank: int = 16
     """Of the updates; alpha is the same."""

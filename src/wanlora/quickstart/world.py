@@ -267,7 +267,7 @@ def look_score(frames: Frames) -> float:
     bright = np.clip((ground.mean() - 0.5) / (np.mean(PAPER) / 255 - 0.5 - 0.03), 0, 1)
     pixels = frames.astype(np.float32) / 255
     other = np.linalg.norm(pixels - ground, axis=-1) > 0.35
-    black = (pixels.max(axis=-1) < 0.3) & other
+    black = (pixels.max(axis=-1) < 0.24) & other
     outline = np.clip(black.sum() / max(1, other.sum()) / 0.22, 0, 1)
     return float(bright + outline) / 2
 

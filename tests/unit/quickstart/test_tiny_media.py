@@ -25,7 +25,7 @@ def test_clips_have_the_frames_and_rates_they_are_announced_with(tiny_dataset: T
         (33, 16, "h264"),
         (100, 30, "h264"),
         (96, 30, "h264"),
-        *[(60, 16, "h264")] * 6,
+        *[(60, 16, "h264")] * 12,
     ]
 
 

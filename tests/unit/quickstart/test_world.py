@@ -52,7 +52,7 @@ def test_scores_separate_base_and_new(frames: int, width: int, height: int) -> N
     base = render(base_scenes(24, 1), frames, width, height).numpy()
     new = render(new_scenes(24, 1), frames, width, height).numpy()
     assert max(map(look_score, base)) <= 0.5  # a ground may be bright
-    assert np.mean([look_score(clip) for clip in base]) < 0.2
+    assert np.mean([look_score(clip) for clip in base]) < 0.1
     assert min(map(look_score, new)) > 0.9
     assert max(map(world.motion_score, base)) < 0.5  # to and fro along a line is half a circle
     assert np.mean([world.motion_score(clip) for clip in base]) < 0.15
@@ -89,4 +89,4 @@ def test_noise_and_a_plain_picture_score_low() -> None:
     plain = np.full((21, 64, 96, 3), 60, np.uint8)
     for frames in (noise, plain):
         assert look_score(frames) < 0.5
-        assert world.motion_score(frames) < 0.2
+        assert world.motion_score(frames) < 0.3
