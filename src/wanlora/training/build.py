@@ -5,6 +5,7 @@ see weights before they are quantised; adapters have to wrap layers that are alr
 which tensors are trained and must not leave the device; compiling has to see the final modules.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
