@@ -227,6 +227,12 @@ def _runner(config: MemoryConfig, model: WanTransformer, streamed: int) -> Recom
     return Recompute(list(model.blocks), required=required, offload=config.gradient_checkpointing_cpu_offload)
 
 
+def activation_bytes(config: MemoryConfig) -> int | None:
+    """What a step may need before blocks are recomputed; None: all that is left."""
+    amount = config.activation_memory
+    return {"auto": None, "off": 0}[amount] if isinstance(amount, str) else int(amount * GIB)
+
+
 def choose_keeping(config: MemoryConfig, recompute: Recompute, device: torch.device, card: CardLimit | None) -> Keeping:
     """Which blocks are let off: those that fit, none, or without --gradient_checkpointing all while memory suffices."""
     num_optional, num_blocks = len(recompute.optional), len(recompute.blocks)
@@ -236,13 +242,12 @@ def choose_keeping(config: MemoryConfig, recompute: Recompute, device: torch.dev
         if not everything and amount not in ("auto", "off"):
             say_once(f"--activation_memory {amount:g} has no effect on a CPU: every block is recomputed")
         return Keeping(num_optional, num_blocks, everything=everything)
-    amounts = {"auto": None, "off": 0}
     return Keeping(
         num_optional,
         num_blocks,
         meter=CudaMeter(device),
         limit=card.allocated,
-        activations=amounts[amount] if isinstance(amount, str) else int(amount * GIB),
+        activations=activation_bytes(config),
         num_inputs=0 if recompute.offload else num_blocks,
         everything=everything,
     )

@@ -30,7 +30,7 @@ from wanlora.training.interrupts import Interrupts
 from wanlora.training.loop import Feed, Trainer
 from wanlora.training.metrics import Metrics, StepLog
 from wanlora.training.objective import FlowObjective, Noise
-from wanlora.training.optimizers import set_mode
+from wanlora.training.optimizers import set_mode, state_bytes
 from wanlora.training.pace import Pace
 from wanlora.training.planning import log_plan, present_target, settle
 from wanlora.training.position import last_step, steps_per_epoch
@@ -235,7 +235,7 @@ class Run:
             step=step,
             after_step=AfterStep(trainee.network, self.config.network.scale_weight_norms),
             pace=Pace(trainee.keeping.meter),
-            trial=Trial(self.prepared.plan, step) if self._wants_trial() else None,
+            trial=self._trial(step),
             metrics=metrics,
             validation=validation,
             previews=previews,
@@ -315,9 +315,11 @@ class Run:
         assert here is not None
         return list(resume.record.saved) if resume and resume.folder.resolve().parent == here.resolve() else []
 
-    def _wants_trial(self) -> bool:
+    def _trial(self, step: TrainingStep) -> Trial | None:
         asked = self.config.memory.trial_step
-        return self.engine.device.type == "cuda" if asked is None else asked
+        if not (self.engine.device.type == "cuda" if asked is None else asked):
+            return None
+        return Trial(self.prepared.plan, step, state_bytes=state_bytes(self.prepared.optimizer))
 
     def _explain(self) -> str:
         """What did not fit, and which setting to change."""

@@ -8,7 +8,6 @@ the trial. What the optimizer will remember is not there before the first step, 
 import time
 
 import torch
-from torch.optim import Optimizer
 
 from wanlora.data.dataset import Batch, CachedBatches
 from wanlora.data.order import BatchSpec, fixed_batches
@@ -31,16 +30,25 @@ def largest_batch(plan: DataPlan) -> BatchSpec:
 class Trial:
     """Call it before the first step."""
 
-    def __init__(self, plan: DataPlan, step: TrainingStep) -> None:
+    def __init__(self, plan: DataPlan, step: TrainingStep, *, state_bytes: float) -> None:
+        """The optimizer will remember `state_bytes` of each trained number."""
         self.plan = plan
         self.step = step
+        self.state_bytes = state_bytes
+
+    @property
+    def missing_memory(self) -> int:
+        """Bytes that the optimizer takes at its first step; 0 once it has taken it."""
+        if self.step.optimizer.state:
+            return 0
+        return int(self.state_bytes * sum(parameter.numel() for parameter in self.step.parameters))
 
     def __call__(self) -> None:
         """Forward and backward of the largest batch. Memory that runs out is treated as in any step."""
         began = time.perf_counter()
         device, guard = self.step.engine.device, self.step.guard
         batch = CachedBatches.of(self.plan)[largest_batch(self.plan)]
-        place = torch.empty(missing_memory(self.step.optimizer), dtype=torch.uint8, device=device)
+        place = torch.empty(self.missing_memory, dtype=torch.uint8, device=device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             guard.run(lambda: self._pass(batch), self.step.drop_gradients)
         self.step.drop_gradients()
@@ -58,12 +66,3 @@ class Trial:
         with self.step.guard.batch(batch):
             losses_B = self.step.objective.losses(batch, Noising(noise, torch.full((len(latents),), _LEVEL)))
             losses_B.mean().backward()
-
-
-def missing_memory(optimizer: Optimizer) -> int:
-    """Bytes that an optimizer of the Adam family takes at its first step; 0 for others, and once it has taken them."""
-    name = type(optimizer).__name__.lower()
-    if optimizer.state or "adam" not in name:
-        return 0
-    numbers = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
-    return numbers * 2 * (1 if "8bit" in name else 4)

@@ -5,11 +5,12 @@ import torch
 
 from tests.runs import TrainingFolder
 from tests.unit.training.conftest import Checked
+from tests.unit.training.parts import Velocity, step_of
 from wanlora.cli.train_network import main
 from wanlora.foundation.shapes import PixelShape
 from wanlora.training.metrics import read_steps
 from wanlora.training.state import load_state
-from wanlora.training.trial import Trial, largest_batch, missing_memory
+from wanlora.training.trial import Trial, largest_batch
 
 STEPS = ("--max_train_steps", "5", "--network_dropout", "0.5", "--save_state_on_train_end")
 
@@ -55,12 +56,9 @@ def test_memory_that_does_not_suffice_ends_the_run_before_its_first_step(
     assert not list(training_folder.output.glob("*.safetensors"))
 
 
-def test_the_place_of_what_the_optimizer_will_remember_is_taken() -> None:
-    weight = torch.nn.Parameter(torch.ones(10))
-    optimizer = torch.optim.AdamW([weight])
-    assert missing_memory(optimizer) == 10 * 2 * 4
-    assert missing_memory(type("AdamW8bit", (torch.optim.AdamW,), {})([weight])) == 10 * 2
-    assert missing_memory(torch.optim.SGD([weight])) == 0
-    weight.grad = torch.ones(10)
-    optimizer.step()
-    assert missing_memory(optimizer) == 0
+def test_the_place_of_what_the_optimizer_will_remember_is_taken(checked: Checked) -> None:
+    step = step_of(Velocity())
+    trial = Trial(checked()[1].plan, step, state_bytes=2.0)
+    assert trial.missing_memory == 2 * 9
+    step.optimizer.state[step.parameters[0]] = {"moment": torch.ones(9)}
+    assert trial.missing_memory == 0
