@@ -78,11 +78,11 @@ def limit_card(device: torch.device, *, reserve: float | None, at_most: float | 
     if device.type != "cuda":
         return None
     expandable = _expand_segments()
-    torch.zeros(1, device=device)  # starts CUDA, whose own memory counts as used
-    free, total = torch.cuda.mem_get_info(device)
+    card = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(card)  # starts CUDA, whose own memory counts as used
     limit = CardLimit(
         total=total,
-        others=total - free - torch.cuda.memory_reserved(device),
+        others=total - free - torch.cuda.memory_reserved(card),
         reserve=int((default_reserve() if reserve is None else reserve) * GIB),
         at_most=None if at_most is None else int(at_most * GIB),
         expandable=expandable,
@@ -92,7 +92,7 @@ def limit_card(device: torch.device, *, reserve: float | None, at_most: float | 
             f"nothing is left of the card's memory: {limit}. Close what else uses it (nvidia-smi names it), or lower "
             "--vram_reserve"
         )
-    torch.cuda.set_per_process_memory_fraction(min(limit.reserved / total, 1.0), device)
+    torch.cuda.set_per_process_memory_fraction(min(limit.reserved / total, 1.0), card)
     log.info(str(limit))
     return limit
 
@@ -108,8 +108,9 @@ def _expand_segments() -> bool:
         return "expandable_segments:true" in given[0].lower()
     if driver_spills():
         return False
+    configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # before 2.10 it had another name
     try:
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+        (configure or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
     except (AttributeError, RuntimeError) as error:
         say_once(f"this version of PyTorch cannot expand the allocator's segments: {error}")
         return False

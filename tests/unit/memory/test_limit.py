@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from wanlora.foundation.errors import MemoryPlanError
 from wanlora.memory.host import available_host_memory
 from wanlora.memory.limit import CardLimit, default_reserve, driver_spills, limit_card
 from wanlora.memory.measure import GIB
@@ -51,6 +52,48 @@ def test_more_is_left_free_where_the_driver_would_spill(
     monkeypatch.setattr(sys, "platform", system)
     assert driver_spills() == spills
     assert default_reserve() == (1.0 if spills else 0.5)
+
+
+class Driver:
+    """A card as CUDA would tell of it, and what is asked of the allocator."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, free: int) -> None:
+        self.fractions: list[tuple[float, int]] = []
+        self.settings: list[str] = []
+        for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr("wanlora.memory.limit.driver_spills", lambda: False)
+        monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", self.settings.append, raising=False)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda card: (free, 24 * GIB))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda card: GIB)
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", self._set)
+
+    def _set(self, fraction: float, card: int) -> None:
+        assert isinstance(card, int)  # a device without a number is refused
+        self.fractions.append((fraction, card))
+
+
+@pytest.mark.parametrize(("name", "card"), [("cuda", 3), ("cuda:1", 1)])
+def test_the_allocator_is_held_below_what_is_free(name: str, card: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(monkeypatch, free=21 * GIB)
+    limit = limit_card(torch.device(name), reserve=1.0, at_most=None)
+    assert limit is not None and limit.others == 2 * GIB and limit.expandable
+    assert driver.fractions == [(21 / 24, card)] and driver.settings == ["expandable_segments:True"]
+
+
+def test_an_allocator_that_the_user_has_set_up_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(monkeypatch, free=20 * GIB)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    limit = limit_card(torch.device("cuda"), reserve=None, at_most=8.0)
+    assert limit is not None and not limit.expandable and driver.settings == []
+    assert driver.fractions == [(8 / 24, 3)]
+
+
+def test_a_card_that_others_fill_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    Driver(monkeypatch, free=-GIB // 2)
+    with pytest.raises(MemoryPlanError, match=r"nothing is left of the card's memory.*nvidia-smi"):
+        limit_card(torch.device("cuda"), reserve=0.5, at_most=None)
 
 
 def test_without_a_card_there_is_no_limit() -> None:

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.runs import TrainingFolder
 from wanlora.cli.train_network import main
+from wanlora.memory.limit import CardLimit
 from wanlora.training import objective
 from wanlora.training.metrics import read_steps, read_validations
 from wanlora.training.position import Position
@@ -131,6 +132,48 @@ def test_memory_that_runs_out_while_loading_is_explained(
     text = training_folder.capture.readouterr().err
     assert code == 2
     assert "does not suffice for the model" in text and "--blocks_to_swap 10" in text and "Traceback" not in text
+
+
+class Allocator:
+    """A card on which every pass needs 100 MiB, whatever is kept."""
+
+    def __init__(self, device: torch.device) -> None:
+        assert device.type == "cpu"
+
+    def allocated(self) -> int:
+        return 0
+
+    def peak(self) -> int:
+        return 100 * 2**20
+
+    def reset(self) -> None:
+        pass
+
+    def take_highest(self) -> int:
+        return self.peak()
+
+    def retries(self) -> int:
+        return 0
+
+    def free(self) -> int:
+        return 2**30
+
+
+def test_blocks_that_are_kept_as_a_card_has_room_change_no_number(
+    training_folder: TrainingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--max_train_steps", "12", "--network_dropout", "0.5", "--gradient_checkpointing")
+    training_folder.train(training_folder.arguments("plain", *flags))
+    card = CardLimit(total=2**30, others=2**28, reserve=2**28)
+    monkeypatch.setattr("wanlora.training.run.limit_card", lambda device, **options: card)
+    monkeypatch.setattr("wanlora.training.build.CudaMeter", Allocator)
+    text = training_folder.train(training_folder.arguments("style", *flags))
+    assert "of 12 blocks keep what they computed, the others are recomputed; peak 0.1 of 0.5 GiB" in text
+    same = ("step", "loss", "grad_norm", "items", "t")
+    assert [{key: row[key] for key in same} for row in rows(training_folder, "style")] == [
+        {key: row[key] for key in same} for row in rows(training_folder, "plain")
+    ]
+    assert {row["memory/peak_gib"] for row in rows(training_folder, "style")} == {100 / 1024}
 
 
 def run_out(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> list[int]:
