@@ -34,6 +34,7 @@ from wanlora.models.wan.blocks import WanBlock
 from wanlora.models.wan.layers import text_rows
 from wanlora.models.wan.rope import rope_table
 from wanlora.models.wan.spec import WanSizes
+from wanlora.quantization.fast_linear import FastFp8Linear
 from wanlora.quantization.linear import Fp8Linear
 
 KINDS = ("matmul", "adapter", "attention", "dequantise", "pointwise", "copy", "other")
@@ -71,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     geometry = GEOMETRIES[options.geometry]
-    block = make_block(geometry.sizes, device, rank=options.rank, fp8=not options.bf16)
+    kind = None if options.bf16 else FastFp8Linear if options.fp8_fast else Fp8Linear
+    block = make_block(geometry.sizes, device, rank=options.rank, kind=kind)
     if not options.eager:
         compile_blocks([block])
     dtype = torch.bfloat16 if options.residual == "bfloat16" else torch.float32
@@ -96,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="last part of the JSON's name; default: the time")
     parser.add_argument("--rank", type=int, default=32, help="rank of the adapters")
     parser.add_argument("--bf16", action="store_true", help="weights in bf16 instead of fp8")
+    parser.add_argument("--fp8_fast", action="store_true", help="multiply in fp8 as well")
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--residual", choices=("float32", "bfloat16"), default="float32", help="the residual stream")
     parser.add_argument("--repeats", type=int, default=10, help="blocks in a row that are timed as one")
@@ -103,15 +106,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_block(sizes: WanSizes, device: torch.device, *, rank: int, fp8: bool = True) -> WanBlock:
-    """A block with random weights, an adapter on every linear, in bf16 maths; small weights keep signals small."""
+def make_block(
+    sizes: WanSizes, device: torch.device, *, rank: int, kind: type[Fp8Linear] | None = Fp8Linear
+) -> WanBlock:
+    """A block with random weights and an adapter on every linear, which is of `kind`; None: a plain one in bf16.
+
+    Small weights keep signals small.
+    """
     generator = torch.Generator(device).manual_seed(0)
     with torch.device(device):
         block = WanBlock(sizes, torch.bfloat16).requires_grad_(False)
     for name, linear in [*block.named_modules()]:
         if isinstance(linear, nn.Linear):
             linear.weight.data.normal_(std=0.02, generator=generator)
-            base = Fp8Linear.quantized(linear) if fp8 else linear
+            base = kind.quantized(linear) if kind else linear
             adapter = LoRALinear(base, rank=rank, scale=1.0, generator=torch.Generator().manual_seed(1), device=device)
             adapter.lora_up.weight.data.normal_(std=0.02, generator=generator)
             block.set_submodule(name, adapter)
@@ -274,6 +282,7 @@ def _conditions(options: argparse.Namespace, device: torch.device) -> dict[str, 
         "geometry": options.geometry,
         "rank": options.rank,
         "weights": "bfloat16" if options.bf16 else "fp8",
+        "fp8_maths": options.fp8_fast,
         "compiled": not options.eager,
         "residual": options.residual,
         "text_tokens": TEXT_TOKENS,
