@@ -59,6 +59,8 @@ class Measured:
     """Forward and backward with everything kept."""
     recomputed_ms: float
     """Forward, forward again, backward."""
+    host_ms: float
+    """What the host needs to queue the recomputed block: below this no card is faster."""
     saved_bytes: int
     """What is kept for backward beyond the block's own weights, its input included."""
     kinds_ms: dict[str, float]
@@ -148,9 +150,11 @@ def measure(block: WanBlock, arguments: tuple[Tensor, ...], bucket: str, repeats
     recompute = Recompute([block])
 
     def kept() -> None:
+        block.zero_grad()
         block(*arguments).backward(grad_BLD)
 
     def recomputed() -> None:
+        block.zero_grad()
         recompute(block, *arguments).backward(grad_BLD)
 
     kept_ms = milliseconds(kept, x_BLD.device, repeats)
@@ -164,6 +168,7 @@ def measure(block: WanBlock, arguments: tuple[Tensor, ...], bucket: str, repeats
         tokens=x_BLD.shape[1],
         kept_ms=kept_ms,
         recomputed_ms=recomputed_ms,
+        host_ms=host_milliseconds(recomputed, x_BLD.device),
         saved_bytes=saved_bytes(block, arguments),
         kinds_ms=kinds,
         kernels=kernels[:_SHOWN],
@@ -189,6 +194,18 @@ def milliseconds(step: Step, device: torch.device, repeats: int) -> float:
             for _ in range(repeats):
                 step()
             taken.append((time.perf_counter() - start) * 1000 / repeats)
+    return min(taken)
+
+
+def host_milliseconds(step: Step, device: torch.device, repeats: int = 5) -> float:
+    """Time until one step is queued, the card being idle: the best of a few."""
+    taken = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        taken.append((time.perf_counter() - start) * 1000)
     return min(taken)
 
 
@@ -239,7 +256,8 @@ def device_kernels(step: Step, rank: int, rounds: int = 3) -> list[tuple[str, st
 
 def _product_kind(event: FunctionEvent, rank: int) -> str:
     """An adapter's factor has the rank (or a few of them side by side) as one of its sizes."""
-    sizes = {size for shape in event.input_shapes[:3] for size in shape}
+    shapes: Any = event.input_shapes[:3]
+    sizes = {size for shape in shapes for size in shape}
     return "adapter" if any(0 < size <= 3 * rank and size % rank == 0 for size in sizes) else "matmul"
 
 
@@ -263,7 +281,7 @@ def _line(one: Measured, sizes: WanSizes) -> str:
     per_token = one.saved_bytes / one.tokens
     return (
         f"{one.bucket} ({one.tokens} tokens): kept {one.kept_ms:.3f} ms, recomputed {one.recomputed_ms:.3f} ms, "
-        f"{sizes.num_layers} blocks {one.recomputed_ms * sizes.num_layers / 1000:.3f} s, "
+        f"host {one.host_ms:.3f} ms, {sizes.num_layers} blocks {one.recomputed_ms * sizes.num_layers / 1000:.3f} s, "
         f"saved {per_token / 1024:.1f} KiB a token; {shares}"
     )
 

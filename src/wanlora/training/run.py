@@ -24,13 +24,14 @@ from wanlora.training.build import Trainee, build_trainee
 from wanlora.training.checkpoints import Checkpoints
 from wanlora.training.conditioning import encode_texts
 from wanlora.training.engine import Engine
+from wanlora.training.flat import FlatGroups
 from wanlora.training.fp8_check import check_fp8_maths, sample_batches
 from wanlora.training.guard import MemoryGuard, describe
 from wanlora.training.interrupts import Interrupts
 from wanlora.training.loop import Feed, Trainer
 from wanlora.training.metrics import Metrics, StepLog
 from wanlora.training.objective import FlowObjective, Noise
-from wanlora.training.optimizers import set_mode, state_bytes
+from wanlora.training.optimizers import ParameterGroups, set_mode, state_bytes
 from wanlora.training.pace import Pace
 from wanlora.training.planning import log_plan, present_target, settle
 from wanlora.training.position import last_step, steps_per_epoch
@@ -163,10 +164,13 @@ class Run:
         config, device = self.config, self.engine.device
         noise = Noise(self.streams, self.prepared.timesteps, self._batch_sizes)
         weight = LOSS_WEIGHTINGS.get(config.timesteps.weighting_scheme)
-        optimizer = self._optimizer(trainee)
+        groups = self._groups(trainee)
+        flat = FlatGroups(groups) if self.prepared.optimizer.treats_numbers_alone else None
+        optimizer = self.prepared.optimizer.build(flat.groups if flat else groups)
         return TrainingStep(
             objective=FlowObjective(trainee.model, noise, weight, device),
-            parameters=trainee.network.parameters(),
+            parameters=flat.vectors if flat else trainee.network.parameters(),
+            flat=flat,
             optimizer=optimizer,
             rates=self._rates(optimizer),
             engine=self.engine,
@@ -176,13 +180,12 @@ class Run:
             guard=guard,
         )
 
-    def _optimizer(self, trainee: Trainee) -> Optimizer:
-        choice = self.prepared.optimizer
+    def _groups(self, trainee: Trainee) -> ParameterGroups:
         ratio = self.config.network.args.loraplus_lr_ratio
         groups = trainee.network.groups(self.config.optimizer.learning_rate, ratio)
-        if choice.arguments["lr"] is None:  # the optimizer finds its own
+        if self.prepared.optimizer.arguments["lr"] is None:  # the optimizer finds its own
             groups = [{**group, "lr": None} for group in groups]
-        return choice.build(groups)
+        return groups
 
     def _rates(self, optimizer: Optimizer) -> Rates:
         schedule = self.config.schedule

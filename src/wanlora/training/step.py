@@ -19,6 +19,7 @@ from wanlora.data.dataset import Batch
 from wanlora.foundation.errors import UserError
 from wanlora.foundation.random import Streams
 from wanlora.training.engine import Engine
+from wanlora.training.flat import FlatGroups
 from wanlora.training.guard import MemoryGuard
 from wanlora.training.objective import FlowObjective
 from wanlora.training.position import Position
@@ -68,7 +69,9 @@ class TrainingStep:
         max_grad_norm: float,
         scaler: torch.amp.GradScaler | None = None,
         guard: MemoryGuard | None = None,
+        flat: FlatGroups | None = None,
     ) -> None:
+        """`parameters` are what the optimizer updates: the vectors of `flat`, if it is given, else the model's."""
         self.objective = objective
         self.parameters = parameters
         self.optimizer = optimizer
@@ -78,6 +81,7 @@ class TrainingStep:
         self.max_grad_norm = max_grad_norm
         self.scaler = scaler
         self.guard = guard or MemoryGuard(engine.device)
+        self.flat = flat
 
     def measure(self, share: Sequence[IndexedBatch], position: Position, num_batches: int) -> StepReport:
         """Loss and clipped gradient of a step's `num_batches` batches, of which this process has `share`.
@@ -86,6 +90,8 @@ class TrainingStep:
         as before.
         """
         total, names, levels = self.guard.run(partial(self._passes, share, position, num_batches), self.drop_gradients)
+        if self.flat:
+            self.flat.collect()
         self.engine.sum_gradients(self.parameters)
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
@@ -123,6 +129,8 @@ class TrainingStep:
     def drop_gradients(self) -> None:
         """Forget what backward has left."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self.flat:
+            self.flat.drop()
 
     def update(self, position: Position) -> None:
         """Apply the gradient that `measure` has left, at the learning rates of this step."""

@@ -17,7 +17,7 @@ def test_every_bucket_is_measured_kept_and_recomputed(tmp_path: Path, flags: lis
     assert found["fp8_maths"] == bool(flags)
     assert [block["tokens"] for block in found["blocks"]] == [36, 24, 48, 24]
     for block in found["blocks"]:
-        assert 0 < block["kept_ms"] < block["recomputed_ms"] * 10
+        assert min(block["kept_ms"], block["recomputed_ms"], block["host_ms"]) > 0
         assert block["saved_bytes"] > block["tokens"] * 128 * 4
 
 
