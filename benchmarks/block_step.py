@@ -34,6 +34,7 @@ from wanlora.models.wan.blocks import WanBlock
 from wanlora.models.wan.layers import text_rows
 from wanlora.models.wan.rope import rope_table
 from wanlora.models.wan.spec import WanSizes
+from wanlora.quantization.fast_linear import FastFp8Linear
 from wanlora.quantization.linear import Fp8Linear
 
 KINDS = ("matmul", "adapter", "attention", "dequantise", "pointwise", "copy", "other")
@@ -58,6 +59,8 @@ class Measured:
     """Forward and backward with everything kept."""
     recomputed_ms: float
     """Forward, forward again, backward."""
+    host_ms: float
+    """What the host needs to queue the recomputed block: below this no card is faster."""
     saved_bytes: int
     """What is kept for backward beyond the block's own weights, its input included."""
     kinds_ms: dict[str, float]
@@ -71,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     geometry = GEOMETRIES[options.geometry]
-    block = make_block(geometry.sizes, device, rank=options.rank, fp8=not options.bf16)
+    kind = None if options.bf16 else FastFp8Linear if options.fp8_fast else Fp8Linear
+    block = make_block(geometry.sizes, device, rank=options.rank, kind=kind)
     if not options.eager:
         compile_blocks([block])
     dtype = torch.bfloat16 if options.residual == "bfloat16" else torch.float32
@@ -96,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="last part of the JSON's name; default: the time")
     parser.add_argument("--rank", type=int, default=32, help="rank of the adapters")
     parser.add_argument("--bf16", action="store_true", help="weights in bf16 instead of fp8")
+    parser.add_argument("--fp8_fast", action="store_true", help="multiply in fp8 as well")
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--residual", choices=("float32", "bfloat16"), default="float32", help="the residual stream")
     parser.add_argument("--repeats", type=int, default=10, help="blocks in a row that are timed as one")
@@ -103,15 +108,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_block(sizes: WanSizes, device: torch.device, *, rank: int, fp8: bool = True) -> WanBlock:
-    """A block with random weights, an adapter on every linear, in bf16 maths; small weights keep signals small."""
+def make_block(
+    sizes: WanSizes, device: torch.device, *, rank: int, kind: type[Fp8Linear] | None = Fp8Linear
+) -> WanBlock:
+    """A block with random weights and an adapter on every linear, which is of `kind`; None: a plain one in bf16.
+
+    Small weights keep signals small.
+    """
     generator = torch.Generator(device).manual_seed(0)
     with torch.device(device):
         block = WanBlock(sizes, torch.bfloat16).requires_grad_(False)
     for name, linear in [*block.named_modules()]:
         if isinstance(linear, nn.Linear):
             linear.weight.data.normal_(std=0.02, generator=generator)
-            base = Fp8Linear.quantized(linear) if fp8 else linear
+            base = kind.quantized(linear) if kind else linear
             adapter = LoRALinear(base, rank=rank, scale=1.0, generator=torch.Generator().manual_seed(1), device=device)
             adapter.lora_up.weight.data.normal_(std=0.02, generator=generator)
             block.set_submodule(name, adapter)
@@ -140,9 +150,11 @@ def measure(block: WanBlock, arguments: tuple[Tensor, ...], bucket: str, repeats
     recompute = Recompute([block])
 
     def kept() -> None:
+        block.zero_grad()
         block(*arguments).backward(grad_BLD)
 
     def recomputed() -> None:
+        block.zero_grad()
         recompute(block, *arguments).backward(grad_BLD)
 
     kept_ms = milliseconds(kept, x_BLD.device, repeats)
@@ -156,6 +168,7 @@ def measure(block: WanBlock, arguments: tuple[Tensor, ...], bucket: str, repeats
         tokens=x_BLD.shape[1],
         kept_ms=kept_ms,
         recomputed_ms=recomputed_ms,
+        host_ms=host_milliseconds(recomputed, x_BLD.device),
         saved_bytes=saved_bytes(block, arguments),
         kinds_ms=kinds,
         kernels=kernels[:_SHOWN],
@@ -181,6 +194,18 @@ def milliseconds(step: Step, device: torch.device, repeats: int) -> float:
             for _ in range(repeats):
                 step()
             taken.append((time.perf_counter() - start) * 1000 / repeats)
+    return min(taken)
+
+
+def host_milliseconds(step: Step, device: torch.device, repeats: int = 5) -> float:
+    """Time until one step is queued, the card being idle: the best of a few."""
+    taken = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        taken.append((time.perf_counter() - start) * 1000)
     return min(taken)
 
 
@@ -231,7 +256,8 @@ def device_kernels(step: Step, rank: int, rounds: int = 3) -> list[tuple[str, st
 
 def _product_kind(event: FunctionEvent, rank: int) -> str:
     """An adapter's factor has the rank (or a few of them side by side) as one of its sizes."""
-    sizes = {size for shape in event.input_shapes[:3] for size in shape}
+    shapes: Any = event.input_shapes[:3]
+    sizes = {size for shape in shapes for size in shape}
     return "adapter" if any(0 < size <= 3 * rank and size % rank == 0 for size in sizes) else "matmul"
 
 
@@ -255,7 +281,7 @@ def _line(one: Measured, sizes: WanSizes) -> str:
     per_token = one.saved_bytes / one.tokens
     return (
         f"{one.bucket} ({one.tokens} tokens): kept {one.kept_ms:.3f} ms, recomputed {one.recomputed_ms:.3f} ms, "
-        f"{sizes.num_layers} blocks {one.recomputed_ms * sizes.num_layers / 1000:.3f} s, "
+        f"host {one.host_ms:.3f} ms, {sizes.num_layers} blocks {one.recomputed_ms * sizes.num_layers / 1000:.3f} s, "
         f"saved {per_token / 1024:.1f} KiB a token; {shares}"
     )
 
@@ -274,6 +300,7 @@ def _conditions(options: argparse.Namespace, device: torch.device) -> dict[str, 
         "geometry": options.geometry,
         "rank": options.rank,
         "weights": "bfloat16" if options.bf16 else "fp8",
+        "fp8_maths": options.fp8_fast,
         "compiled": not options.eager,
         "residual": options.residual,
         "text_tokens": TEXT_TOKENS,

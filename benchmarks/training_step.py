@@ -3,8 +3,8 @@
 Usage: python benchmarks/training_step.py [make] [time] [equal] --geometry 14B --results DIR
 
 Each stage makes what it needs first. `time` runs the trainer once per setting over a shuffled epoch of all buckets, as
-a user's run has it, and takes the median of each bucket's steps after its first few. A step's seconds are those between
-two entries of the step log: reading the batch, the step, and logging, with nothing left out. `equal` trains the same
+a user's run has it, and takes the median of each bucket's steps after its first few. A step's seconds are those of the
+step log: waiting for the batch and the step. `equal` trains the same
 steps with and without swapping and compares losses and gradient norms bit for bit. See README.md beside this file.
 """
 
@@ -46,6 +46,7 @@ from benchmarks.materials import (
 from benchmarks.runs import ROOT, Clock, Finished, Setting, run_trainer
 
 _FP8 = ("--fp8_base", "--fp8_scaled")
+_KEEP = "--activation_memory auto"
 SETTINGS: dict[str, Setting] = {
     setting.name: setting
     for setting in (
@@ -59,6 +60,12 @@ SETTINGS: dict[str, Setting] = {
         Setting(name="fp8-fast", extra="--fp8_fast"),
         Setting(name="fp8-fast-swap-10", extra="--fp8_fast --blocks_to_swap 10"),
         Setting(name="fp8-fast-swap-36", extra="--fp8_fast --blocks_to_swap 36"),
+        Setting(name="typed", extra=f"{_KEEP} --blocks_to_swap 10"),
+        Setting(name="keep", extra=_KEEP),
+        Setting(name="keep-cap-24", extra=f"{_KEEP} --vram_limit 24"),
+        Setting(name="keep-bf16", extra=_KEEP, without=_FP8),
+        Setting(name="keep-fp8-fast", extra=f"{_KEEP} --fp8_fast"),
+        Setting(name="keep-fp8-fast-cap-24", extra=f"{_KEEP} --fp8_fast --vram_limit 24"),
         Setting(name="reference-bf16-residual", extra="--blocks_to_swap 10 --residual_dtype bfloat16"),
         Setting(name="no-swap-bf16-residual", extra="--residual_dtype bfloat16"),
         Setting(name="swap-36-bf16-residual", extra="--blocks_to_swap 36 --residual_dtype bfloat16"),

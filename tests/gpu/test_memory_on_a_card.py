@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from wanlora.lora.layers import LoRALinear
 from wanlora.memory.checkpointing import Recompute
 from wanlora.memory.compile import compile_blocks, missing_compiler
-from wanlora.memory.measure import is_out_of_memory, memory_figures, peak_memory, reset_peak
+from wanlora.memory.keeping import Keeping
+from wanlora.memory.limit import limit_card
+from wanlora.memory.measure import GIB, CudaMeter, is_out_of_memory, memory_figures
 from wanlora.memory.pinned import is_page_locked, pinned_buffer, unpin
 from wanlora.memory.streaming import BlockStream
 from wanlora.models.wan.spec import WanSizes
@@ -179,13 +181,97 @@ def test_inputs_kept_on_the_host_change_no_bit_and_free_the_card() -> None:
     for offload in (False, True):
         model = Tower().to(CARD)
         model.run_block = Recompute(list(model.blocks), offload=offload)
-        reset_peak(CARD)
+        meter = CudaMeter(CARD)
+        meter.reset()
         assert_same(train(model, num_tokens=8192), expected)
-        peaks.append(peak_memory(CARD))
+        peaks.append(meter.peak() / GIB)
         del model
         gc.collect()
     input_gib = 8192 * WIDTH * 4 / 2**30
     assert peaks[1] < peaks[0] - (NUM_BLOCKS - 5) * input_gib
+
+
+def test_a_meter_reads_the_allocator_and_remembers_the_highest_peak() -> None:
+    meter = CudaMeter(CARD)
+    meter.take_highest()
+    before = meter.allocated()
+    tensor = torch.empty(2**28, dtype=torch.uint8, device=CARD)
+    del tensor
+    meter.reset()
+    assert meter.allocated() == before and meter.peak() == before
+    assert meter.take_highest() >= before + 2**28
+    assert meter.take_highest() < before + 2**28
+    assert meter.retries() >= 0 and 0 < meter.free() < memory_figures(CARD).total * GIB
+
+
+def passes(model: Tower, keeping: Keeping, *, count: int, num_tokens: int = 8192) -> list[tuple[int, int]]:
+    """Kept blocks and peak of each of several guarded passes."""
+    assert keeping.meter is not None
+    seen = []
+    for _ in range(count):
+        x = torch.randn(num_tokens, WIDTH, generator=torch.Generator().manual_seed(0)).to(CARD)
+        with keeping.step(), keeping.batch("a size"):
+            model(x).square().mean().backward()
+            seen.append((keeping.num_kept, keeping.meter.peak()))
+        model.zero_grad(set_to_none=True)
+    return seen
+
+
+def test_as_many_blocks_are_kept_as_stay_below_the_limit() -> None:
+    model = Tower().to(CARD)
+    meter = CudaMeter(CARD)
+
+    def tried(limit: int) -> list[tuple[int, int]]:
+        model.run_block.keep = keeping = Keeping(NUM_BLOCKS, NUM_BLOCKS, meter=meter, limit=limit)
+        return passes(model, keeping, count=5)
+
+    free = tried(2**40)
+    assert [kept for kept, _ in free][-3:] == [NUM_BLOCKS] * 3
+    recomputed, everything = free[0][1], free[-1][1]
+    assert everything > recomputed
+    limit = (recomputed + everything) // 2
+    seen = tried(limit)
+    assert seen[0][0] == 0 < seen[-1][0] < NUM_BLOCKS
+    assert all(peak <= limit for _, peak in seen)
+    each = (everything - recomputed) // NUM_BLOCKS
+    assert limit - seen[-1][1] < 3 * each
+
+
+def test_what_is_kept_changes_no_bit_on_the_card() -> None:
+    expected = train(Tower().to(CARD))
+    for count in (3, NUM_BLOCKS):
+        model = Tower().to(CARD)
+        model.run_block = Recompute(list(model.blocks), keep=lambda x, count=count: count)  # type: ignore[misc]
+        assert_same(train(model), expected)
+
+
+def test_the_allocator_is_held_below_the_limit_and_the_error_is_one_that_is_handled() -> None:
+    limit = limit_card(CARD, reserve=0.5, at_most=2.0)
+    assert limit is not None and limit.reserved == 2 * GIB
+    try:
+        kept = torch.empty(GIB, dtype=torch.uint8, device=CARD)
+        with pytest.raises(torch.OutOfMemoryError) as error:
+            torch.empty(2 * GIB, dtype=torch.uint8, device=CARD)
+        assert is_out_of_memory(error.value)
+        del kept, error
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, CARD)
+    if limit.expandable:
+        assert any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
+
+
+def test_blocks_that_leave_the_card_between_steps_free_it_and_change_no_bit() -> None:
+    expected = train(Tower().to(CARD))
+    model = Tower()
+    stream = BlockStream(list(model.blocks), 0, CARD)
+    stream.attach()
+    before = torch.cuda.memory_allocated(CARD)
+    assert stream.stream_more(NUM_BLOCKS - 2) == NUM_BLOCKS - 2
+    assert before - torch.cuda.memory_allocated(CARD) > (NUM_BLOCKS - 5) * BLOCK_BYTES
+    assert_same(train(model), expected)
+    assert stream.stream_more(NUM_BLOCKS) == 2
+    assert_same(train(model), train(Tower().to(CARD)))
+    stream.detach(torch.device("cpu"))
 
 
 def test_fp8_is_the_same_on_the_card_and_on_the_host() -> None:

@@ -246,7 +246,8 @@ def _memory(config: TrainConfig, given: Given, problems: Problems) -> None:
         _without_effect(given, ("use_pinned_memory_for_block_swap",), pinned)
         _without_effect(given, ("block_swap_h2d_only",), "here: blocks are never copied back")
     if not memory.gradient_checkpointing:
-        _without_effect(given, ("gradient_checkpointing_cpu_offload",), "without --gradient_checkpointing")
+        without = ("gradient_checkpointing_cpu_offload", "activation_memory")
+        _without_effect(given, without, "without --gradient_checkpointing")
     if memory.compile is False:
         options = ("backend", "mode", "dynamic", "fullgraph", "cache_size_limit")
         _without_effect(given, [f"compile_{option}" for option in options], "with --no_compile")

@@ -91,14 +91,13 @@ class LoRALinear(nn.Module):
         return self.multiplier * self.scale
 
     def _updated(self, out: Tensor, hidden: Tensor) -> Tensor:
-        """The base's output plus the up factor's share, rounded once."""
+        """The base's output plus the up factor's share."""
         if self.strength == 0:
             return out
         if self.training:
             hidden = self._drop(hidden)
         up = self.lora_up.weight if self.strength == 1 else self.lora_up.weight * self.strength
-        rows = hidden.reshape(-1, self.rank)
-        return torch.addmm(out.reshape(-1, self.out_features), rows, up.to(rows.dtype).t()).view(out.shape)
+        return out + F.linear(hidden, up.to(hidden.dtype)).to(out.dtype)
 
     def _drop(self, hidden: Tensor) -> Tensor:
         """Dropout on the rank activations [B, ..., r]."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -42,15 +43,55 @@ def memory_figures(device: torch.device) -> MemoryFigures:
     )
 
 
-def peak_memory(device: torch.device) -> float:
-    """Most that tensors held on the device since `reset_peak`, GiB; 0 where there is nothing to ask."""
-    return memory_figures(device).peak
+class Meter(Protocol):
+    """What an allocator can be asked, in bytes."""
+
+    def allocated(self) -> int:
+        """Held by tensors now."""
+
+    def peak(self) -> int:
+        """Most that tensors held since `reset`."""
+
+    def reset(self) -> None:
+        """Begin a new measurement of `peak`."""
+
+    def take_highest(self) -> int:
+        """Most that tensors held since the last call, whoever called `reset` in between."""
+
+    def retries(self) -> int:
+        """How often, since the start, the allocator had to return memory to the driver to take other memory."""
+
+    def free(self) -> int:
+        """What no program has taken of the card."""
 
 
-def reset_peak(device: torch.device) -> None:
-    """Begin a new measurement of `peak_memory`."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+class CudaMeter:
+    """The allocator of a card. Reading it does not wait for the card: memory is handed out by the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._highest = 0
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def reset(self) -> None:
+        self._highest = max(self._highest, self.peak())
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def take_highest(self) -> int:
+        self.reset()
+        highest, self._highest = self._highest, 0
+        return highest
+
+    def retries(self) -> int:
+        return int(torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0))
+
+    def free(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +108,12 @@ class MemorySettings:
     """Blocks that are streamed."""
     num_blocks: int
     """Blocks of the model."""
+    num_kept: int = 0
+    """Blocks that were not recomputed when memory ran out."""
+    retried: bool = False
+    """Everything that can be changed while running was changed before."""
+    limited: bool = False
+    """The run may not take all that is free."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -85,7 +132,8 @@ def explain_out_of_memory(
     where = f"{bucket} ({shown})" if clips else bucket
     lines = [
         f"the card's memory does not suffice for {where}: peak {figures.peak:.1f} of {figures.total:.1f} GiB, "
-        f"{figures.slack:.1f} GiB reserved but in no tensor. What helps, the cheapest first:"
+        f"{figures.slack:.1f} GiB reserved but in no tensor, {settings.num_kept} blocks not recomputed. What helps, "
+        "the cheapest first:"
     ]
     return "\n  - ".join([*lines, *_cures(figures, settings)])
 
@@ -94,8 +142,14 @@ def _cures(figures: MemoryFigures, settings: MemorySettings) -> list[str]:
     cures = []
     if figures.slack > _NOTABLE_SLACK_GIB:
         cures.append("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment (Linux; fewer fragments)")
+    if settings.limited:
+        cures.append("a higher --vram_limit, or none")
     if not settings.gradient_checkpointing:
         cures.append("--gradient_checkpointing")
+    elif settings.num_kept:
+        cures.append("--activation_memory off (every block is recomputed), or a number of GiB that is lower")
+    if not settings.retried:
+        cures.append("--on_oom retry (makes room and goes on)")
     if not settings.fp8:
         cures.append("--fp8_base --fp8_scaled (halves the weights)")
     if settings.blocks_to_swap < settings.num_blocks:

@@ -43,6 +43,8 @@ class Outlook:
     """Device buffers that streamed blocks share."""
     recompute: bool = True
     """Blocks are computed again in backward; streamed ones are in any case."""
+    activations: int | None = None
+    """Bytes that a step may need before blocks are computed again; None: what is left."""
     offload: bool = False
     """Inputs of recomputed blocks are kept on the host."""
     accumulates: bool = False
@@ -97,6 +99,7 @@ class Outlook:
         resident = self.num_blocks - self.streamed
         peaks = (replace(self, recompute=True)._peak(load, kept) for kept in range(resident, 0, -1))
         spare = room - sum(self.resting().values())
+        spare = spare if self.activations is None else min(spare, self.activations)
         return next((resident - index for index, peak in enumerate(peaks) if peak <= spare), 0)
 
     def offloaded(self, load: Load) -> int:

@@ -74,7 +74,7 @@ class BlockStream:
         self.blocks = blocks
         self.streamed_indexes = streamed_indexes(len(blocks), num_streamed)
         self.device = device
-        self.ring_size = min(max(ring_size, 1), num_streamed)
+        self.wanted_ring = max(ring_size, 1)
         self.pin = pin
         self.copies = self.copied_bytes = self.waits = self.misses = 0
         self._transfers: Transfers = transfers_for(device)
@@ -96,6 +96,16 @@ class BlockStream:
         return bool(self._hooks)
 
     @property
+    def ring_size(self) -> int:
+        """Device buffers; never more than there are streamed blocks."""
+        return min(self.wanted_ring, len(self.streamed_indexes))
+
+    @property
+    def num_resident(self) -> int:
+        """Blocks that stay on the device."""
+        return len(self.blocks) - len(self.streamed_indexes)
+
+    @property
     def page_locked(self) -> bool:
         """Whether every master is page-locked, so that copies run beside the computation."""
         return all(is_page_locked(master.flat) for master in self._masters.values())
@@ -114,20 +124,47 @@ class BlockStream:
             else:
                 kept = set()
             _move(block, self.device, without=kept)
+        self._start()
+
+    def stream_more(self, count: int) -> int:
+        """Stream `count` blocks more, or all that are left, evenly among the resident ones; how many.
+
+        Between passes only. Frees their memory on the device; where nothing was streamed yet, less the ring's.
+        """
+        resident = [index for index in range(len(self.blocks)) if index not in self.streamed_indexes]
+        new = [resident[place] for place in streamed_indexes(len(resident), min(count, len(resident)))]
+        self._stop()
+        for index in new:
+            self._masters[index] = BlockMaster(self.blocks[index], device=self.device, pin=self.pin)
+        self.streamed_indexes = tuple(sorted((*self.streamed_indexes, *new)))
+        self._start()
+        return len(new)
+
+    def _start(self) -> None:
+        """Make the ring and watch the blocks; nothing without streamed blocks."""
         self._ring = self._make_ring()
         self._hooks = [
             block.register_forward_pre_hook(partial(self._before_block, index), prepend=True)
             for index, block in enumerate(self.blocks)
+            if self._masters
         ]
 
-    def detach(self, device: torch.device | None = None) -> None:
-        """Stop streaming and leave all weights on `device` (the stream's own unless another is named)."""
+    def _stop(self) -> None:
+        """Undo `_start`: streamed blocks look at their masters."""
+        self.reset()
         for hook in self._hooks:
             hook.remove()
         self._transfers.finish()
         for master in self._masters.values():
+            master.point_to(master.on_host)
+        self._hooks, self._ring = [], []
+
+    def detach(self, device: torch.device | None = None) -> None:
+        """Stop streaming and leave all weights on `device` (the stream's own unless another is named)."""
+        self._stop()
+        for master in self._masters.values():
             master.dissolve(device or self.device)
-        self._hooks, self._masters, self._ring, self._in_use = [], {}, [], None
+        self._masters = {}
 
     def reset(self) -> None:
         """Forget where in a pass we are. For after an exception in the middle of one; what is in the ring stays."""

@@ -68,7 +68,7 @@ def attention(
         )
     if alike is None:
         return chosen.compute(q_BLNK, k_BTNK, v_BTNK)
-    if not chosen.counts_rows or q_BLNK.device.type == "cuda":
+    if not chosen.counts_rows:
         return chosen.compute(q_BLNK, _written_out(k_BTNK, alike), _written_out(v_BTNK, alike))
     return chosen.compute(q_BLNK, k_BTNK, v_BTNK, alike)
 

@@ -19,13 +19,14 @@ Nothing is saved but the weight and its scales, which backward reads where they 
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from wanlora.quantization.blockwise import quantize_blockwise
 from wanlora.quantization.linear import Fp8Linear
-from wanlora.quantization.scaled_matmul import Kernel, fits, quantize_rows, scaled_matmul
+from wanlora.quantization.scaled_matmul import Kernel, choose_kernel, fits, quantize_rows, scaled_matmul
 
 
 def output(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kernel: Kernel) -> Tensor:
@@ -81,6 +82,18 @@ class FastFp8Linear(Fp8Linear):
             raise ValueError(f"fp8 maths want one scale for each output, not a scale of shape {tuple(scale.shape)}")
         super().__init__(weight, scale, bias, compute_dtype=compute_dtype)
         self.kernel = kernel
+
+    @classmethod
+    def quantized(
+        cls, linear: nn.Linear, *, block: int | None = None, compute_dtype: torch.dtype | None = None
+    ) -> Self:
+        """Quantise a linear, to be multiplied as its device can. `block` can only be a whole row."""
+        if block not in (None, linear.in_features):
+            raise ValueError(f"fp8 maths want one scale for each output, not one for {block} inputs")
+        weight, scale = quantize_blockwise(linear.weight.detach(), linear.in_features)
+        dtype = compute_dtype or linear.weight.dtype
+        bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        return cls(weight, scale, bias, compute_dtype=dtype, kernel=choose_kernel(weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out]."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from wanlora.config.train import MemoryConfig, NetworkConfig, TrainConfig
 from wanlora.foundation.dtypes import dtype_name
@@ -23,6 +22,9 @@ from wanlora.lora.network import LoRANetwork, inject
 from wanlora.lora.targets import candidates
 from wanlora.memory.checkpointing import Recompute
 from wanlora.memory.compile import compile_blocks, missing_compiler
+from wanlora.memory.keeping import Keeping
+from wanlora.memory.limit import CardLimit
+from wanlora.memory.measure import GIB, CudaMeter
 from wanlora.memory.placement import RestingPlace, streamed_indexes
 from wanlora.memory.streaming import BlockStream
 from wanlora.models.wan.checkpoint import load_transformer
@@ -41,21 +43,31 @@ class Trainee:
     model: WanTransformer
     network: LoRANetwork
     stream: BlockStream | None
+    recompute: Recompute
+    keeping: Keeping
+    """Decides how many blocks `recompute` lets off."""
     dtype: torch.dtype
     """Number format of the matrix products."""
 
 
 def build_trainee(
-    config: TrainConfig, prepared: Prepared, device: torch.device, streams: Streams, *, quiet: bool
+    config: TrainConfig,
+    prepared: Prepared,
+    device: torch.device,
+    streams: Streams,
+    *,
+    quiet: bool,
+    card: CardLimit | None = None,
 ) -> Trainee:
-    """Build what is trained. `quiet` hides the progress bar."""
+    """Build what is trained. `quiet` hides the progress bar; `card` is what may be used of one."""
     dtype = compute_dtype(config.run.mixed_precision, prepared.transformer.dtypes[0], device)
     streamed = num_streamed(config.memory, device, prepared.transformer.sizes.num_layers)
     model = _load(config, prepared, device, dtype, streamed, quiet)
     network = _adapt(config.network, prepared, model, device, streams)
-    model.run_block = _runner(config.memory, model, streamed)
+    model.run_block = recompute = _runner(config.memory, model, streamed)
+    recompute.keep = keeping = choose_keeping(config.memory, recompute, device, card)
     stream = None
-    if streamed:
+    if streamed or device.type == "cuda":  # where memory runs out, more blocks may be streamed than at first
         stream = BlockStream(
             list(model.blocks), streamed, device, config.memory.block_swap_ring_size, pin=device.type == "cuda"
         )
@@ -63,7 +75,7 @@ def build_trainee(
     if wants_compile(config.memory, device):
         _compile(config.memory, model)
     model.train()
-    return Trainee(model=model, network=network, stream=stream, dtype=dtype)
+    return Trainee(model=model, network=network, stream=stream, recompute=recompute, keeping=keeping, dtype=dtype)
 
 
 def num_streamed(config: MemoryConfig, device: torch.device, num_blocks: int) -> int:
@@ -208,12 +220,37 @@ def _adapt(
     return network
 
 
-def _runner(config: MemoryConfig, model: WanTransformer, streamed: int) -> Callable[..., Tensor]:
-    if config.gradient_checkpointing:
-        return Recompute(list(model.blocks), "all", offload=config.gradient_checkpointing_cpu_offload)
-    if streamed:
+def _runner(config: MemoryConfig, model: WanTransformer, streamed: int) -> Recompute:
+    if streamed and not config.gradient_checkpointing:
         say_once(f"{streamed} streamed blocks are recomputed in backward: their weights have left the card by then")
-    return Recompute(list(model.blocks), streamed_indexes(len(model.blocks), streamed))
+    required = streamed_indexes(len(model.blocks), streamed)
+    return Recompute(list(model.blocks), required=required, offload=config.gradient_checkpointing_cpu_offload)
+
+
+def activation_bytes(config: MemoryConfig) -> int | None:
+    """What a step may need before blocks are recomputed; None: all that is left."""
+    amount = config.activation_memory
+    return {"auto": None, "off": 0}[amount] if isinstance(amount, str) else int(amount * GIB)
+
+
+def choose_keeping(config: MemoryConfig, recompute: Recompute, device: torch.device, card: CardLimit | None) -> Keeping:
+    """Which blocks are let off: those that fit, none, or without --gradient_checkpointing all while memory suffices."""
+    num_optional, num_blocks = len(recompute.optional), len(recompute.blocks)
+    everything = not config.gradient_checkpointing
+    amount = config.activation_memory
+    if card is None:
+        if not everything and amount not in ("auto", "off"):
+            say_once(f"--activation_memory {amount:g} has no effect on a CPU: every block is recomputed")
+        return Keeping(num_optional, num_blocks, everything=everything)
+    return Keeping(
+        num_optional,
+        num_blocks,
+        meter=CudaMeter(device),
+        limit=card.allocated,
+        activations=activation_bytes(config),
+        num_inputs=0 if recompute.offload else num_blocks,
+        everything=everything,
+    )
 
 
 def _compile(config: MemoryConfig, model: WanTransformer) -> None:

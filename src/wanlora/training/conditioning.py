@@ -31,7 +31,9 @@ def encode_texts(texts: Sequence[str], model: ModelConfig, device: torch.device)
         if not is_out_of_memory(error):
             raise
         cure = "leave out --sample_prompts" if model.fp8_t5 else "add --fp8_t5"
-        raise MemoryPlanError(f"the text encoder for previews does not fit the card's memory; {cure}") from error
+        raise MemoryPlanError(
+            f"the text encoder for previews does not fit the card's memory; {cure}, or lower --vram_reserve"
+        ) from error
     del encoder
     gc.collect()
     if device.type == "cuda":

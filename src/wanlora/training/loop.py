@@ -10,9 +10,11 @@ from wanlora.foundation.log import log
 from wanlora.foundation.ranks import Rank
 from wanlora.training.after_step import AfterStep
 from wanlora.training.checkpoints import Checkpoints
+from wanlora.training.guard import bucket_name
 from wanlora.training.interrupts import Interrupts
 from wanlora.training.metrics import Metrics
 from wanlora.training.optimizers import learning_rates
+from wanlora.training.pace import Pace
 from wanlora.training.position import Position, StepBatches, indexes_left, steps_left
 from wanlora.training.previews import Previews
 from wanlora.training.step import IndexedBatch, TrainingStep
@@ -64,6 +66,8 @@ class Trainer:
         feed: Feed,
         step: TrainingStep,
         after_step: AfterStep,
+        pace: Pace,
+        trial: Callable[[], None] | None = None,
         metrics: Metrics,
         validation: Validation,
         previews: Previews,
@@ -75,6 +79,8 @@ class Trainer:
         self.feed = feed
         self.step = step
         self.after_step = after_step
+        self.pace = pace
+        self.trial = trial
         self.metrics = metrics
         self.validation = validation
         self.previews = previews
@@ -85,14 +91,13 @@ class Trainer:
         self.first_step = position.step
         self.updating = False
         """The weights are being changed: they belong to no position."""
-        self.working_on = "the model"
-        """The size being trained on, for a message if memory runs out."""
-        self.working_names: tuple[str, ...] = ()
 
     def train(self) -> None:
         """Train, save and preview. Whatever ends the run early, what has been trained is kept."""
         with self.interrupts:
             try:
+                if self.trial is not None:
+                    self.trial()
                 self.validation.at_first(self.position)
                 self.previews.at_first(self.position)
                 while self.position.step < self.total_steps:
@@ -108,7 +113,9 @@ class Trainer:
                 self.metrics.close()
 
     def _train_epoch(self) -> None:
+        self.pace.begin()
         for work in self.feed.rest_of_epoch(self.position):
+            self.pace.loaded()
             epoch = self.position.epoch
             self._train_step(work)
             ended = self.position.epoch > epoch
@@ -121,11 +128,9 @@ class Trainer:
             self.previews.when_due(self.position, epoch_ended=ended)
             if self.position.step == self.total_steps:
                 return
+            self.pace.begin()
 
     def _train_step(self, work: Work) -> None:
-        if work.share:
-            batch = work.share[-1].batch
-            self.working_on, self.working_names = str(batch.pixels), batch.names
         report = self.step.measure(work.share, self.position, work.num_batches)
         with self.interrupts.held():
             self.updating = True
@@ -133,7 +138,8 @@ class Trainer:
             after = self.after_step()
             self.position = self.position.after(work.num_batches, epoch_length=work.epoch_length)
             self.updating = False
-            self.metrics.record(report, self.position, after | learning_rates(self.step.optimizer))
+            taken = self.pace.finish(" + ".join(sorted(bucket_name(item.batch) for item in work.share)))
+            self.metrics.record(report, self.position, after | taken | learning_rates(self.step.optimizer))
 
     def _keep(self) -> None:
         """Save a run that ends early, unless nothing was trained or the weights are those of half a step."""

@@ -25,6 +25,7 @@ from wanlora.foundation.registry import Registry
 ParameterGroups = list[dict[str, Any]]
 Maker = Callable[..., Optimizer]
 
+_ELEMENTWISE = {"adamw", "adamw8bit"}
 _WAYS = {"fused", "foreach", "capturable", "differentiable"}
 """Arguments of torch.optim that say how a step is computed."""
 _UNFIT = (Optimizer, torch.optim.SparseAdam)
@@ -45,6 +46,11 @@ class OptimizerChoice:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     constant_rate: bool = False
     """The optimizer schedules itself; the learning rate it is given stays."""
+
+    @property
+    def treats_numbers_alone(self) -> bool:
+        """Whether it is known not to look at the shapes of what it updates (see `flat.py`)."""
+        return self.name.lower() in _ELEMENTWISE
 
     def build(self, groups: ParameterGroups) -> Optimizer:
         """The optimizer over `groups`. Raises `ConfigError` when it refuses its arguments."""

@@ -21,7 +21,7 @@ from wanlora.memory.outlook import Load, Outlook, cures
 from wanlora.memory.previews import decoder_bytes, sampling_bytes, text_encoder_bytes
 from wanlora.memory.resting import WeightFormats, linear_sizes
 from wanlora.quantization.installer import Mode
-from wanlora.training.build import residual_dtype
+from wanlora.training.build import activation_bytes, residual_dtype
 from wanlora.training.optimizers import state_bytes
 from wanlora.training.prepare import Prepared
 
@@ -160,6 +160,7 @@ def make_outlook(config: TrainConfig, prepared: Prepared, target: Target, *, dty
         swapped=memory.num_swapped if target.streams else 0,
         ring=memory.block_swap_ring_size,
         recompute=memory.gradient_checkpointing,
+        activations=activation_bytes(memory),
         offload=memory.gradient_checkpointing_cpu_offload and memory.gradient_checkpointing,
         accumulates=config.run.gradient_accumulation_steps > 1,
         fp8_products=target.fp8 == "rows",

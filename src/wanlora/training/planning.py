@@ -6,13 +6,14 @@ from dataclasses import replace
 import torch
 
 from wanlora.config.planning import PlannedConfig, PlanningConfig
-from wanlora.config.train import TrainConfig
+from wanlora.config.train import MemoryConfig, TrainConfig
 from wanlora.data.report import report_lines
 from wanlora.foundation.devices import find_device
 from wanlora.foundation.errors import ConfigError
 from wanlora.foundation.files import write_json
 from wanlora.foundation.log import log
 from wanlora.memory.cards import Card, detect_card, find_card
+from wanlora.memory.limit import default_reserve
 from wanlora.memory.measure import GIB
 from wanlora.memory.outlook import fewest_swapped
 from wanlora.training.announce import run_length
@@ -58,7 +59,7 @@ def present_target(config: TrainConfig) -> Target:
     return Target(
         name=f"{torch.cuda.get_device_name(device)}, {total / GIB:.1f} GiB of which {free / GIB:.1f} are free",
         total=total,
-        room=_room(free),
+        room=usable_room(free, config.memory),
         rates=detect_card(device),
         compiled=compiled,
         fp8=fp8,
@@ -119,7 +120,7 @@ def _named_target(config: TrainConfig, planning: PlanningConfig) -> Target | Non
     return Target(
         name=f"a card of {memory:g} GiB" if card is None else f"{card.name}, {memory:g} GiB",
         total=total,
-        room=_room(total - _CONTEXT),
+        room=usable_room(total - _CONTEXT, config.memory),
         rates=card,
         compiled=config.memory.compile is not False,
         fp8="rows" if config.memory.fp8_fast and (card is None or card.fp8) else config.memory.fp8_mode,
@@ -137,6 +138,10 @@ def _dtype(config: TrainConfig, prepared: Prepared) -> torch.dtype:
     return compute_dtype(config.run.mixed_precision, prepared.transformer.dtypes[0], _device(config))
 
 
-def _room(free: int) -> int:
+def usable_room(free: int, memory: MemoryConfig) -> int:
     """What tensors can hold of what is free."""
-    return max(int(0.96 * (free - GIB // 2)), 0)
+    reserve = default_reserve() if memory.vram_reserve is None else memory.vram_reserve
+    usable = free - int(reserve * GIB)
+    if memory.vram_limit is not None:
+        usable = min(usable, int(memory.vram_limit * GIB))
+    return max(int(0.96 * usable), 0)

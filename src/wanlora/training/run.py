@@ -14,6 +14,7 @@ from wanlora.foundation.dtypes import parse_dtype
 from wanlora.foundation.errors import MemoryPlanError
 from wanlora.foundation.log import log
 from wanlora.foundation.random import Streams
+from wanlora.memory.limit import CardLimit, limit_card
 from wanlora.memory.measure import MemorySettings, explain_out_of_memory, is_out_of_memory, memory_figures
 from wanlora.models.wan.vae import load_vae
 from wanlora.quantization.fast_linear import fast_layers
@@ -23,12 +24,15 @@ from wanlora.training.build import Trainee, build_trainee
 from wanlora.training.checkpoints import Checkpoints
 from wanlora.training.conditioning import encode_texts
 from wanlora.training.engine import Engine
+from wanlora.training.flat import FlatGroups
 from wanlora.training.fp8_check import check_fp8_maths, sample_batches
+from wanlora.training.guard import MemoryGuard, describe
 from wanlora.training.interrupts import Interrupts
 from wanlora.training.loop import Feed, Trainer
 from wanlora.training.metrics import Metrics, StepLog
 from wanlora.training.objective import FlowObjective, Noise
-from wanlora.training.optimizers import set_mode
+from wanlora.training.optimizers import ParameterGroups, set_mode, state_bytes
+from wanlora.training.pace import Pace
 from wanlora.training.planning import log_plan, present_target, settle
 from wanlora.training.position import last_step, steps_per_epoch
 from wanlora.training.prepare import Prepared, prepare
@@ -41,6 +45,7 @@ from wanlora.training.settings import all_settings
 from wanlora.training.state import load_state
 from wanlora.training.step import TrainingStep
 from wanlora.training.trackers import Trackers, run_folder, wanted_trackers
+from wanlora.training.trial import Trial
 from wanlora.training.validation import Validation, ValidationSet
 
 
@@ -80,6 +85,7 @@ class Run:
         self.batches_per_step = config.run.gradient_accumulation_steps * engine.rank.count
         self.steps_per_epoch = steps_per_epoch(self.epoch_length, self.batches_per_step)
         self.total_steps = self._count_steps()
+        self.guard = MemoryGuard(engine.device)
 
     def train(self) -> None:
         """Build everything and train to the last step."""
@@ -87,24 +93,26 @@ class Run:
             log.info(f"nothing to do: {self.position.step} of {self.total_steps} steps are done")
             return
         set_backends(self.config.run)
-        trainer = None
+        memory = self.config.memory
+        card = limit_card(self.engine.device, reserve=memory.vram_reserve, at_most=memory.vram_limit)
         try:
-            trainer = self._build()
+            trainer = self._build(card)
             log.info(f"steps {self.position.step + 1} to {self.total_steps}, seed {self.seed}, on {self.engine.device}")
             trainer.train()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            raise MemoryPlanError(self._explain(trainer)) from error
+            raise MemoryPlanError(self._explain()) from error
 
-    def _build(self) -> Trainer:
+    def _build(self, card: CardLimit | None) -> Trainer:
         """Everything in its order; what has to be on the card only for a while comes first."""
         state = load_state(self.prepared.resume.folder) if self.prepared.resume else None
         materials = self._preview_materials()
         trainee = build_trainee(
-            self.config, self.prepared, self.engine.device, self.streams, quiet=not self.engine.rank.is_main
+            self.config, self.prepared, self.engine.device, self.streams, quiet=not self.engine.rank.is_main, card=card
         )
-        step = self._step(trainee)
+        self.guard = self._guard(trainee)
+        step = self._step(trainee, self.guard)
         if state:
             restore(state, trainee.network, step, self.config.optimizer.kwargs)
         set_mode(step.optimizer, training=True)
@@ -143,29 +151,41 @@ class Run:
         # A seed that the prompt leaves open was drawn by each process for itself; the main process' holds for all.
         return PreviewMaterials(requests=self.engine.from_main(requests), texts=encoded, vae=vae)
 
-    def _step(self, trainee: Trainee) -> TrainingStep:
+    def _guard(self, trainee: Trainee) -> MemoryGuard:
+        return MemoryGuard(
+            self.engine.device,
+            keeping=trainee.keeping,
+            recompute=trainee.recompute,
+            stream=trainee.stream,
+            retry=self.config.memory.on_oom == "retry",
+        )
+
+    def _step(self, trainee: Trainee, guard: MemoryGuard) -> TrainingStep:
         config, device = self.config, self.engine.device
         noise = Noise(self.streams, self.prepared.timesteps, self._batch_sizes)
         weight = LOSS_WEIGHTINGS.get(config.timesteps.weighting_scheme)
-        optimizer = self._optimizer(trainee)
+        groups = self._groups(trainee)
+        flat = FlatGroups(groups) if self.prepared.optimizer.treats_numbers_alone else None
+        optimizer = self.prepared.optimizer.build(flat.groups if flat else groups)
         return TrainingStep(
             objective=FlowObjective(trainee.model, noise, weight, device),
-            parameters=trainee.network.parameters(),
+            parameters=flat.vectors if flat else trainee.network.parameters(),
+            flat=flat,
             optimizer=optimizer,
             rates=self._rates(optimizer),
             engine=self.engine,
             streams=self.streams,
             max_grad_norm=config.optimizer.max_grad_norm,
             scaler=torch.amp.GradScaler(device.type) if trainee.dtype is torch.float16 else None,
+            guard=guard,
         )
 
-    def _optimizer(self, trainee: Trainee) -> Optimizer:
-        choice = self.prepared.optimizer
+    def _groups(self, trainee: Trainee) -> ParameterGroups:
         ratio = self.config.network.args.loraplus_lr_ratio
         groups = trainee.network.groups(self.config.optimizer.learning_rate, ratio)
-        if choice.arguments["lr"] is None:  # the optimizer finds its own
+        if self.prepared.optimizer.arguments["lr"] is None:  # the optimizer finds its own
             groups = [{**group, "lr": None} for group in groups]
-        return choice.build(groups)
+        return groups
 
     def _rates(self, optimizer: Optimizer) -> Rates:
         schedule = self.config.schedule
@@ -216,7 +236,9 @@ class Run:
         return Trainer(
             feed=self._feed(),
             step=step,
-            after_step=AfterStep(trainee.network, self.config.network.scale_weight_norms, self.engine.device),
+            after_step=AfterStep(trainee.network, self.config.network.scale_weight_norms),
+            pace=Pace(trainee.keeping.meter),
+            trial=self._trial(step),
             metrics=metrics,
             validation=validation,
             previews=previews,
@@ -296,18 +318,27 @@ class Run:
         assert here is not None
         return list(resume.record.saved) if resume and resume.folder.resolve().parent == here.resolve() else []
 
-    def _explain(self, trainer: Trainer | None) -> str:
+    def _trial(self, step: TrainingStep) -> Trial | None:
+        asked = self.config.memory.trial_step
+        if not (self.engine.device.type == "cuda" if asked is None else asked):
+            return None
+        return Trial(self.prepared.plan, step, state_bytes=state_bytes(self.prepared.optimizer))
+
+    def _explain(self) -> str:
         """What did not fit, and which setting to change."""
-        memory = self.config.memory
+        memory, guard = self.config.memory, self.guard
         settings = MemorySettings(
             gradient_checkpointing=memory.gradient_checkpointing,
             offload=memory.gradient_checkpointing_cpu_offload,
             fp8=memory.fp8_mode is not None,
             blocks_to_swap=memory.num_swapped,
             num_blocks=self.prepared.transformer.sizes.num_layers,
+            num_kept=guard.num_kept,
+            retried=memory.on_oom == "retry",
+            limited=memory.vram_limit is not None,
         )
-        bucket, clips = (trainer.working_on, trainer.working_names) if trainer else ("the model", ())
-        return explain_out_of_memory(memory_figures(self.engine.device), settings, bucket=bucket, clips=clips)
+        figures = guard.figures or memory_figures(self.engine.device)
+        return explain_out_of_memory(figures, settings, bucket=describe(guard.working), clips=guard.working.names)
 
 
 def set_backends(config: RunConfig) -> None:

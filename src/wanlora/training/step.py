@@ -3,11 +3,13 @@
 Losses are divided by the number of batches of the whole step over all processes, and gradients are summed over
 processes, so accumulation and processes are interchangeable. The host reads the device once per step, after backward:
 the update waits for the verdict that loss and gradient are finite, so weights that could be saved are never touched by
-a number that is none. `measure` ends before the weights change, `update` changes them.
+a number that is none. `measure` ends before the weights change, `update` changes them. Passes that run out of memory
+are repeated by a guard (`guard.py`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from wanlora.data.dataset import Batch
 from wanlora.foundation.errors import UserError
 from wanlora.foundation.random import Streams
 from wanlora.training.engine import Engine
+from wanlora.training.flat import FlatGroups
+from wanlora.training.guard import MemoryGuard
 from wanlora.training.objective import FlowObjective
 from wanlora.training.position import Position
 from wanlora.training.rates import Rates
@@ -64,7 +68,10 @@ class TrainingStep:
         streams: Streams,
         max_grad_norm: float,
         scaler: torch.amp.GradScaler | None = None,
+        guard: MemoryGuard | None = None,
+        flat: FlatGroups | None = None,
     ) -> None:
+        """`parameters` are what the optimizer updates: the vectors of `flat`, if it is given, else the model's."""
         self.objective = objective
         self.parameters = parameters
         self.optimizer = optimizer
@@ -73,6 +80,8 @@ class TrainingStep:
         self.streams = streams
         self.max_grad_norm = max_grad_norm
         self.scaler = scaler
+        self.guard = guard or MemoryGuard(engine.device)
+        self.flat = flat
 
     def measure(self, share: Sequence[IndexedBatch], position: Position, num_batches: int) -> StepReport:
         """Loss and clipped gradient of a step's `num_batches` batches, of which this process has `share`.
@@ -80,18 +89,9 @@ class TrainingStep:
         Raises `DivergedError`, with the items named, if the loss or its gradient is not finite; the weights are then
         as before.
         """
-        total = torch.zeros((), device=self.engine.device)
-        names: list[str] = []
-        levels: list[float] = []
-        for item in share:
-            # Dropout repeats on a resumed run and does not depend on how batches are shared out.
-            torch.manual_seed(self.streams.seed("dropout", position.epoch, item.index))
-            loss = self.objective(item.batch, position.epoch, item.index)
-            scaled = loss.value / num_batches
-            (self.scaler.scale(scaled) if self.scaler else scaled).backward()
-            total += scaled.detach()
-            names += item.batch.names
-            levels += loss.t_B.tolist()
+        total, names, levels = self.guard.run(partial(self._passes, share, position, num_batches), self.drop_gradients)
+        if self.flat:
+            self.flat.collect()
         self.engine.sum_gradients(self.parameters)
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
@@ -107,6 +107,31 @@ class TrainingStep:
         self._refuse_non_finite(report, position)
         return report
 
+    def _passes(
+        self, share: Sequence[IndexedBatch], position: Position, num_batches: int
+    ) -> tuple[Tensor, list[str], list[float]]:
+        """Forward and backward of `share`: the loss summed up, the items and their noise levels. Repeats exactly."""
+        total = torch.zeros((), device=self.engine.device)
+        names: list[str] = []
+        levels: list[float] = []
+        for item in share:
+            # Dropout repeats on a resumed run and does not depend on how batches are shared out.
+            torch.manual_seed(self.streams.seed("dropout", position.epoch, item.index))
+            with self.guard.batch(item.batch):
+                loss = self.objective(item.batch, position.epoch, item.index)
+                scaled = loss.value / num_batches
+                (self.scaler.scale(scaled) if self.scaler else scaled).backward()
+            total += scaled.detach()
+            names += item.batch.names
+            levels += loss.t_B.tolist()
+        return total, names, levels
+
+    def drop_gradients(self) -> None:
+        """Forget what backward has left."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.flat:
+            self.flat.drop()
+
     def update(self, position: Position) -> None:
         """Apply the gradient that `measure` has left, at the learning rates of this step."""
         torch.manual_seed(self.streams.seed("optimizer", position.step))  # some optimizers round stochastically
@@ -116,7 +141,7 @@ class TrainingStep:
             self.scaler.update()
         else:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
 
     def _clip(self) -> Tensor:
         limit = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
@@ -133,7 +158,7 @@ class TrainingStep:
     def _refuse_non_finite(self, report: StepReport, position: Position) -> None:
         if report.skipped or (is_finite(report.loss) and is_finite(report.grad_norm)):
             return
-        self.optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
         what = "loss" if not is_finite(report.loss) else "gradient"
         items = ", ".join(f"{name} (t = {t:.3f})" for name, t in zip(report.names, report.timesteps, strict=True))
         raise DivergedError(

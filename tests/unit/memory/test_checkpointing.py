@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tests.unit.memory.wan import adapted_wan, losses_and_gradients, train_step
 from wanlora.foundation import log as logs
-from wanlora.memory.checkpointing import Recompute
+from wanlora.memory.checkpointing import Keep, Recompute
 from wanlora.memory.offload import HostBuffers, InputOffload
 from wanlora.memory.transfers import DirectTransfers
 from wanlora.models.wan.transformer import WanTransformer
@@ -42,12 +42,62 @@ def bytes_kept(model: WanTransformer) -> int:
     return sum(storages.values())
 
 
+def keeping(count: int) -> Keep:
+    return lambda x: count
+
+
 def test_chosen_blocks_run_twice_and_the_others_once() -> None:
     model = adapted_wan(4)
     model.run_block = Recompute(list(model.blocks), (1, 3))
     calls = count_forwards(model)
     train_step(model)
     assert calls == {0: 1, 1: 2, 2: 1, 3: 2}
+
+
+def test_the_last_blocks_are_let_off_first_and_required_ones_never() -> None:
+    for count, kept in ((0, set()), (1, {4}), (2, {4, 2}), (5, {4, 2, 0})):
+        model = adapted_wan(5)
+        model.run_block = runner = Recompute(list(model.blocks), required=(1, 3), keep=keeping(count))
+        calls = count_forwards(model)
+        train_step(model)
+        assert calls == {index: 1 if index in kept else 2 for index in range(5)}
+        assert (runner.kept, runner.recomputed) == (len(kept), 5 - len(kept))
+
+
+def test_blocks_may_be_required_later() -> None:
+    model = adapted_wan(4)
+    model.run_block = runner = Recompute(list(model.blocks), keep=keeping(4))
+    assert len(runner.optional) == 4
+    runner.require((0, 2))
+    calls = count_forwards(model)
+    train_step(model)
+    assert runner.optional == (1, 3) and calls == {0: 2, 1: 1, 2: 2, 3: 1}
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4])
+def test_what_is_kept_changes_no_bit_dropout_included(count: int) -> None:
+    plain, chosen = adapted_wan(4, dropout=0.5), adapted_wan(4, dropout=0.5)
+    chosen.run_block = Recompute(list(chosen.blocks), keep=keeping(count))
+    torch.manual_seed(4)
+    expected = losses_and_gradients(plain)
+    torch.manual_seed(4)
+    assert losses_and_gradients(chosen) == expected
+
+
+def test_what_is_kept_may_change_from_step_to_step() -> None:
+    plain, chosen = adapted_wan(4, dropout=0.5), adapted_wan(4, dropout=0.5)
+    chosen.run_block = runner = Recompute(list(chosen.blocks))
+    counts = iter((3, 0, 2))
+    torch.manual_seed(4)
+    expected = losses_and_gradients(plain)
+    torch.manual_seed(4)
+
+    def change() -> None:
+        runner.keep = keeping(next(counts))
+
+    change()
+    assert losses_and_gradients(chosen, between=lambda: change() if runner.kept < 5 else None) == expected
+    assert runner.kept == 5 and runner.recomputed == 7
 
 
 def test_nothing_is_recomputed_without_gradients() -> None:

@@ -66,6 +66,24 @@ def test_compiled_blocks_stream_and_recompute_with_the_same_result(backend: str)
     assert stream.waits == 2 * 2 * 3
 
 
+def test_the_graph_of_recomputed_blocks_serves_those_that_are_kept() -> None:
+    expected = losses_and_gradients(adapted_wan(3), steps=2)
+    model, backend, counts = adapted_wan(3), _Backend(), iter((0, 2, 2))
+    runner = Recompute(list(model.blocks))
+    runner.keep = lambda x: count
+    count = next(counts)
+    model.run_block = runner
+    compile_blocks(model.blocks, backend=backend, fullgraph=True)
+
+    def change() -> None:
+        nonlocal count
+        count = next(counts)
+
+    assert losses_and_gradients(model, steps=2, between=change) == expected
+    assert (runner.recomputed, runner.kept) == (4, 2)
+    assert backend.graphs == 1
+
+
 def test_restoring_takes_the_compiled_forward_off_again() -> None:
     model = adapted_wan(2)
     compile_blocks(model.blocks, backend="eager")

@@ -8,8 +8,6 @@ from wanlora.memory.measure import (
     explain_out_of_memory,
     is_out_of_memory,
     memory_figures,
-    peak_memory,
-    reset_peak,
 )
 from wanlora.memory.pinned import is_page_locked, pinned_buffer, unpin
 
@@ -18,6 +16,7 @@ FIGURES = MemoryFigures(allocated=18.0, reserved=22.5, peak=23.1, total=24.0)
 
 def settings(**changes: bool | int) -> MemorySettings:
     known = {"gradient_checkpointing": True, "offload": False, "fp8": True, "blocks_to_swap": 10, "num_blocks": 40}
+    known |= {"retried": True}
     return MemorySettings(**{**known, **changes})  # type: ignore[arg-type]
 
 
@@ -41,6 +40,16 @@ def test_only_settings_that_are_not_used_yet_are_advised() -> None:
     assert text.index("- --gradient_checkpointing\n") < text.index("--fp8_base --fp8_scaled")
 
 
+def test_what_the_run_holds_back_itself_is_named_first() -> None:
+    text = explain_out_of_memory(FIGURES, settings(num_kept=12, limited=True, retried=False), bucket="768x416x21")
+    assert "12 blocks not recomputed" in text
+    cures = [line.strip() for line in text.splitlines()[1:]]
+    assert any(line.startswith("- --activation_memory off") for line in cures)
+    assert any("--vram_limit" in line for line in cures) and any("--on_oom retry" in line for line in cures)
+    text = explain_out_of_memory(FIGURES, settings(), bucket="768x416x21")
+    assert not any(name in text for name in ("--activation_memory", "--vram_limit", "--on_oom"))
+
+
 def test_out_of_memory_is_told_from_other_errors() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"))
@@ -50,8 +59,7 @@ def test_out_of_memory_is_told_from_other_errors() -> None:
 
 def test_a_device_without_an_allocator_has_figures_of_zero() -> None:
     cpu = torch.device("cpu")
-    reset_peak(cpu)
-    assert memory_figures(cpu).total == 0 and peak_memory(cpu) == 0
+    assert memory_figures(cpu).total == 0
 
 
 def test_memory_for_a_device_that_shares_it_is_not_locked() -> None:

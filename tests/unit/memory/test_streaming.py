@@ -98,6 +98,35 @@ def test_an_exception_in_the_middle_of_a_pass_leaves_a_stream_that_works() -> No
     assert losses_and_gradients(model) == plain
 
 
+@pytest.mark.parametrize("num_streamed", [0, 3])
+def test_streaming_more_blocks_between_steps_changes_no_bit(num_streamed: int) -> None:
+    plain = losses_and_gradients(adapted_wan())
+    model = adapted_wan()
+    stream = BlockStream(list(model.blocks), num_streamed, CPU)
+    stream.attach()
+    model.run_block = Recompute(list(model.blocks))
+    before = set(stream.streamed_indexes)
+    counts = iter((2, 9))
+    added = []
+    assert losses_and_gradients(model, between=lambda: added.append(stream.stream_more(next(counts, 1)))) == plain
+    assert added == [2, 4 - num_streamed, 0]
+    assert before < set(stream.streamed_indexes) == set(range(6))
+    assert stream.num_resident == 0 and stream.ring_size == 2
+    train_step(model)
+    copies = stream.copies
+    train_step(model)
+    assert stream.copies - copies == 2 * (6 - 2)
+
+
+def test_a_stream_without_blocks_does_nothing() -> None:
+    model = adapted_wan()
+    stream = BlockStream(list(model.blocks), 0, CPU)
+    stream.attach()
+    stream.reset()
+    train_step(model)
+    assert not stream.attached and stream.copies == 0 and stream.num_resident == 6
+
+
 def test_two_forwards_before_their_backwards_work() -> None:
     def accumulated(model: WanTransformer) -> list[Tensor]:
         losses = [model(*ARGUMENTS).square().mean(), model(ARGUMENTS[0] * 2, *ARGUMENTS[1:]).square().mean()]

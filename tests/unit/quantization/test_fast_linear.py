@@ -8,7 +8,7 @@ from torch._functorch.compilers import make_boxed_compiler
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from tests.unit.quantization.test_fp8_linear import forward_and_gradient, recorded_saves
-from wanlora.quantization.blockwise import quantize_blockwise
+from wanlora.memory.compile import compile_blocks
 from wanlora.quantization.fast_linear import FastFp8Linear, fast_layers, wide_maths
 from wanlora.quantization.linear import Fp8Linear
 
@@ -16,9 +16,9 @@ from wanlora.quantization.linear import Fp8Linear
 def make_linear(num_in: int = 128, num_out: int = 96, dtype: torch.dtype = torch.float32) -> FastFp8Linear:
     """Outputs of very different sizes, as modulated layers have them."""
     torch.manual_seed(0)
-    weight = torch.randn(num_out, num_in) * torch.logspace(-3, 0, num_out)[:, None] * num_in**-0.5
-    fp8, scale = quantize_blockwise(weight, num_in)
-    return FastFp8Linear(fp8, scale, torch.randn(num_out).to(dtype), compute_dtype=dtype, kernel="emulated")
+    linear = nn.Linear(num_in, num_out, dtype=dtype)
+    linear.weight.data *= torch.logspace(-3, 0, num_out)[:, None].to(dtype)
+    return FastFp8Linear.quantized(linear)
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
@@ -109,6 +109,21 @@ def test_a_shared_input_is_rounded_once_in_a_compiled_graph() -> None:
     assert roundings == [1]
 
 
+def test_compiled_blocks_heed_which_of_their_layers_multiply_in_fp8() -> None:
+    blocks = [nn.Sequential(make_linear(), nn.GELU(), make_linear(96, 128)) for _ in range(3)]
+    widened = blocks[1][2]
+    assert isinstance(widened, FastFp8Linear)
+    widened.kernel = None
+    x = torch.randn(6, 128, requires_grad=True)
+    expected = [block(x).detach() for block in blocks]
+    torch._dynamo.reset()
+    compile_blocks(blocks, backend="aot_eager", fullgraph=True)
+    found = [block(x).detach() for block in blocks]
+    for ours, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, plain)
+    assert not torch.equal(found[1], found[0]) and torch.equal(found[2], found[0])
+
+
 def test_turning_fp8_maths_off_is_the_plain_layer_to_the_bit() -> None:
     linear = make_linear()
     plain = Fp8Linear(linear.weight, linear.scale, linear.bias, compute_dtype=torch.float32)
@@ -120,6 +135,16 @@ def test_turning_fp8_maths_off_is_the_plain_layer_to_the_bit() -> None:
         for found, expected in zip(forward_and_gradient(linear, x), forward_and_gradient(plain, x), strict=True):
             assert torch.equal(found, expected)
     assert linear.kernel == "emulated"
+
+
+def test_quantising_a_linear_gives_a_scale_to_each_output() -> None:
+    linear = nn.Linear(128, 96, bias=False, dtype=torch.bfloat16)
+    fast = FastFp8Linear.quantized(linear)
+    assert (fast.kernel, fast.compute_dtype, fast.bias) == ("emulated", torch.bfloat16, None)
+    torch.testing.assert_close(fast.scale.flatten(), linear.weight.float().abs().amax(dim=1) / 448)
+    assert 0.015 < relative(fast.dequantized(), linear.weight.detach()) < 0.03
+    with pytest.raises(ValueError, match="not one for 64 inputs"):
+        FastFp8Linear.quantized(linear, block=64)
 
 
 @pytest.mark.parametrize(

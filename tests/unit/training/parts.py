@@ -13,6 +13,7 @@ from wanlora.diffusion.weighting import LOSS_WEIGHTINGS
 from wanlora.foundation.random import Streams
 from wanlora.foundation.shapes import PixelShape
 from wanlora.training.engine import Engine
+from wanlora.training.flat import FlatGroups
 from wanlora.training.objective import FlowObjective, Noise
 from wanlora.training.rates import PureRates
 from wanlora.training.step import IndexedBatch, TrainingStep
@@ -76,10 +77,13 @@ def step_of(
     rate: Callable[[int], float] = lambda step: 1.0,
     scaler: torch.amp.GradScaler | None = None,
     made: Noise | None = None,
+    flat: bool = False,
 ) -> TrainingStep:
     """Plain gradient descent at rate 1."""
-    parameters = list(model.parameters())
-    optimizer = torch.optim.SGD([{"params": parameters, "lr": 1.0, "name": "unet"}])
+    groups = [{"params": list(model.parameters()), "lr": 1.0, "name": "unet"}]
+    vectors = FlatGroups(groups) if flat else None
+    parameters = vectors.vectors if vectors else list(model.parameters())
+    optimizer = torch.optim.SGD(vectors.groups if vectors else groups)
     return TrainingStep(
         objective=objective(model, made),
         parameters=parameters,
@@ -89,4 +93,5 @@ def step_of(
         streams=Streams(7),
         max_grad_norm=max_grad_norm,
         scaler=scaler,
+        flat=vectors,
     )

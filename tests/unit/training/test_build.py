@@ -1,6 +1,7 @@
 """What is built from the settings, read back from the built parts."""
 
 import logging
+from typing import Literal
 
 import pytest
 import torch
@@ -14,10 +15,18 @@ from wanlora.foundation.random import Streams
 from wanlora.lora.files import save_lora
 from wanlora.memory.checkpointing import Recompute
 from wanlora.memory.compile import is_compiled
-from wanlora.models.wan.transformer import WanTransformer
+from wanlora.memory.limit import CardLimit
+from wanlora.memory.measure import GIB, CudaMeter
 from wanlora.quantization.fast_linear import fast_layers
 from wanlora.quantization.linear import Fp8Linear
-from wanlora.training.build import Trainee, build_trainee, num_streamed, residual_dtype, wants_compile
+from wanlora.training.build import (
+    Trainee,
+    build_trainee,
+    choose_keeping,
+    num_streamed,
+    residual_dtype,
+    wants_compile,
+)
 
 
 def build(checked: Checked, *flags: str) -> Trainee:
@@ -25,16 +34,17 @@ def build(checked: Checked, *flags: str) -> Trainee:
     return build_trainee(config, prepared, CPU, Streams(7), quiet=True)
 
 
-def recomputed(model: WanTransformer) -> tuple[int, ...]:
-    assert isinstance(model.run_block, Recompute)
-    return model.run_block.indexes
+def num_kept(built: Trainee) -> int:
+    """Blocks that keep what they computed in the first pass of some size."""
+    with built.keeping.step(), built.keeping.batch("a size"):
+        return built.recompute.keep(torch.empty(1, 8, 128))
 
 
 def test_a_plain_run(checked: Checked) -> None:
     built = build(checked, "--network_dim", "6", "--network_alpha", "3")
     assert built.dtype is torch.float32
     assert built.stream is None
-    assert recomputed(built.model) == ()
+    assert num_kept(built) == len(built.model.blocks)
     assert not any(is_compiled(block) for block in built.model.blocks)
     assert built.model.attention == "sdpa"
     adapter = built.network.adapters["blocks.0.self_attn.q"]
@@ -107,8 +117,36 @@ def test_compiling_is_the_default_only_on_cuda_with_a_compiler(monkeypatch: pyte
 
 def test_recomputation_covers_all_blocks_with_gradient_checkpointing(checked: Checked) -> None:
     built = build(checked, "--gradient_checkpointing", "--gradient_checkpointing_cpu_offload")
-    assert recomputed(built.model) == tuple(range(len(built.model.blocks)))
-    assert isinstance(built.model.run_block, Recompute) and built.model.run_block.offload
+    assert built.model.run_block is built.recompute
+    assert built.recompute.indexes == tuple(range(len(built.model.blocks)))
+    assert num_kept(built) == 0
+    assert built.recompute.offload
+
+
+CARD = CardLimit(total=24 * GIB, others=GIB, reserve=GIB, at_most=20 * GIB)
+
+
+@pytest.mark.parametrize(("amount", "expected"), [("auto", None), ("off", 0), (1.5, 1.5 * GIB)])
+def test_activations_get_what_the_flag_says_below_what_the_card_may_hold(
+    amount: float | Literal["auto", "off"], expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    runner = Recompute([torch.nn.Linear(1, 1) for _ in range(6)], required=(1, 4))
+    config = MemoryConfig(gradient_checkpointing=True, activation_memory=amount)
+    made = choose_keeping(config, runner, torch.device("cuda"), CARD)
+    assert (made.limit, made.activations) == (CARD.allocated, expected)
+    assert (made.num_optional, made.num_blocks, made.num_inputs) == (4, 6, 6)
+    assert isinstance(made.meter, CudaMeter)
+    assert made(torch.empty(1, 8, 128)) == 0
+
+
+def test_a_share_of_the_card_means_nothing_on_a_cpu_and_that_is_said(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.INFO, logger="wanlora")
+    assert build(checked, "--gradient_checkpointing", "--activation_memory", "2.25").keeping.meter is None
+    assert "--activation_memory 2.25 has no effect on a CPU" in caplog.text
 
 
 def test_blocks_are_swapped_only_where_there_is_a_card() -> None:

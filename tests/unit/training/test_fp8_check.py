@@ -55,7 +55,7 @@ def messages(said: pytest.LogCaptureFixture, level: int) -> list[str]:
 
 @pytest.fixture
 def run(checked: Checked) -> Run:
-    """A model with fp8 maths in compiled blocks, and a batch of each size."""
+    """A model with fp8 maths in compiled blocks, and the batches that it is measured on."""
     config, prepared = checked(*FLAGS, "--compile", "--compile_backend", "aot_eager", "--network_dropout", "0.5")
     trainee = build_trainee(config, prepared, CPU, Streams(7), quiet=True)
     order = epoch_batches(prepared.plan, Streams(7), 0)
@@ -64,8 +64,8 @@ def run(checked: Checked) -> Run:
     return Run(trainee, objective, sample_batches(prepared.plan, order))
 
 
-def test_one_batch_of_each_size_is_measured_at_its_place_in_the_epoch(run: Run, checked: Checked) -> None:
-    assert [str(item.batch.pixels) for item in run.batches] == ["32x32x1", "48x32x1", "32x32x5"]
+def test_a_small_and_a_larger_batch_are_measured_at_their_places_in_the_epoch(run: Run, checked: Checked) -> None:
+    assert [str(item.batch.pixels) for item in run.batches] == ["32x32x1", "32x32x5"]
     order = epoch_batches(checked(*FLAGS)[1].plan, Streams(7), 0)
     for item in run.batches:
         assert order[item.index].pixels == item.batch.pixels
@@ -80,7 +80,7 @@ def test_the_errors_are_printed_and_nothing_is_changed_or_compiled(run: Run, sai
     counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     run.check()
     lines = messages(said, logging.INFO)
-    assert len(lines) == 4 and not messages(said, logging.WARNING)
+    assert len(lines) == 3 and not messages(said, logging.WARNING)
     assert lines[0].startswith("fp8 maths: 120 matrices multiply in fp8; against bf16 maths the outputs err by 2.")
     for item, line in zip(run.batches, lines[1:], strict=True):
         assert line.startswith(f"fp8 maths against bf16 maths on {item.batch.pixels}: loss ")
@@ -118,7 +118,7 @@ def test_a_gradient_of_another_direction_is_a_warning(
     said.clear()
     run.check()
     warnings = messages(said, logging.WARNING)
-    assert len(warnings) == 3
+    assert len(warnings) == 2
     assert all(line.endswith("training without --fp8_fast would be more exact") for line in warnings)
 
 

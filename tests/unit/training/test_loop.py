@@ -15,6 +15,7 @@ from wanlora.foundation.ranks import Rank
 from wanlora.training.interrupts import Interrupts
 from wanlora.training.loop import Feed, Trainer
 from wanlora.training.metrics import Metrics
+from wanlora.training.pace import Pace
 from wanlora.training.position import Position
 from wanlora.training.step import StepReport, TrainingStep
 
@@ -113,6 +114,7 @@ def trainer(
         feed=Feed(order, load, Rank(), 1),
         step=step,
         after_step=dict,  # type: ignore[arg-type]
+        pace=Pace(),
         metrics=Metrics(
             position=start, total_steps=total, window=LENGTH, tracker=lambda values, step: None, log=None, losses=[]
         ),

@@ -10,6 +10,7 @@ import torch
 
 from tests.runs import TrainingFolder
 from tests.unit.training.conftest import Checked
+from wanlora.config.train import MemoryConfig
 from wanlora.foundation.log import log
 from wanlora.foundation.random import Streams
 from wanlora.foundation.shapes import PixelShape
@@ -19,6 +20,7 @@ from wanlora.training.build import build_trainee, fp8_weights
 from wanlora.training.optimizers import OptimizerChoice, choose_optimizer, state_bytes
 from wanlora.training.plan import RunPlan, Target, count_buckets, make_outlook, make_plan
 from wanlora.training.plan_report import duration, plan_lines, plan_record, smaller_clip
+from wanlora.training.planning import usable_room
 
 MIB = 2**20
 Captured = pytest.LogCaptureFixture
@@ -228,3 +230,19 @@ def test_the_card_here_is_asked_for_what_is_free(checked: Checked, monkeypatch: 
 @pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (720, "12 min"), (12_600, "3.5 h"), (363_000, "4.2 days")])
 def test_times_are_told_in_the_unit_that_fits(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_activations_may_be_given_less_than_is_left(checked: Checked) -> None:
+    kept = [
+        planned(checked, 2000, "--gradient_checkpointing", "--activation_memory", amount).buckets[0].kept
+        for amount in ("auto", "off", "0.000001")
+    ]
+    assert kept == [12, 0, 0]
+
+
+def test_limits_of_the_user_hold_for_the_plan_too() -> None:
+    free = 24 * 2**30
+    assert usable_room(free, MemoryConfig(vram_reserve=4.0)) == int(0.96 * 20 * 2**30)
+    assert usable_room(free, MemoryConfig(vram_reserve=4.0, vram_limit=16.0)) == int(0.96 * 16 * 2**30)
+    assert usable_room(free, MemoryConfig(vram_reserve=4.0, vram_limit=22.0)) == int(0.96 * 20 * 2**30)
+    assert usable_room(free, MemoryConfig(vram_reserve=30.0)) == 0

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.runs import TrainingFolder
 from wanlora.cli.train_network import main
+from wanlora.memory.limit import CardLimit
 from wanlora.training import objective
 from wanlora.training.metrics import read_steps, read_validations
 from wanlora.training.position import Position
@@ -131,6 +132,89 @@ def test_memory_that_runs_out_while_loading_is_explained(
     text = training_folder.capture.readouterr().err
     assert code == 2
     assert "does not suffice for the model" in text and "--blocks_to_swap 10" in text and "Traceback" not in text
+
+
+class Allocator:
+    """A card on which every pass needs 100 MiB, whatever is kept."""
+
+    def __init__(self, device: torch.device) -> None:
+        assert device.type == "cpu"
+
+    def allocated(self) -> int:
+        return 0
+
+    def peak(self) -> int:
+        return 100 * 2**20
+
+    def reset(self) -> None:
+        pass
+
+    def take_highest(self) -> int:
+        return self.peak()
+
+    def retries(self) -> int:
+        return 0
+
+    def free(self) -> int:
+        return 2**30
+
+
+def test_blocks_that_are_kept_as_a_card_has_room_change_no_number(
+    training_folder: TrainingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--max_train_steps", "12", "--network_dropout", "0.5", "--gradient_checkpointing")
+    training_folder.train(training_folder.arguments("plain", *flags))
+    card = CardLimit(total=2**30, others=2**28, reserve=2**28)
+    monkeypatch.setattr("wanlora.training.run.limit_card", lambda device, **options: card)
+    monkeypatch.setattr("wanlora.training.build.CudaMeter", Allocator)
+    text = training_folder.train(training_folder.arguments("style", *flags))
+    assert "of 12 blocks keep what they computed, the others are recomputed; peak 0.1 of 0.5 GiB" in text
+    same = ("step", "loss", "grad_norm", "items", "t")
+    assert [{key: row[key] for key in same} for row in rows(training_folder, "style")] == [
+        {key: row[key] for key in same} for row in rows(training_folder, "plain")
+    ]
+    assert {row["memory/peak_gib"] for row in rows(training_folder, "style")} == {100 / 1024}
+
+
+def run_out(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> list[int]:
+    """Let memory run out in these forward passes; returns the list that they are counted in."""
+    drawn, seen = objective.velocity, [0]
+
+    def fail(x0: torch.Tensor, x1: torch.Tensor) -> torch.Tensor:
+        seen[0] += 1
+        if seen[0] in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return drawn(x0, x1)
+
+    monkeypatch.setattr(objective, "velocity", fail)
+    return seen
+
+
+def test_memory_that_runs_out_in_a_step_is_made_room_for_and_the_run_is_the_same(
+    training_folder: TrainingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--max_train_steps", "5", "--network_dropout", "0.5", "--gradient_accumulation_steps", "2")
+    training_folder.train(training_folder.arguments("plain", *flags))
+    seen = run_out(monkeypatch, {4})
+    text = training_folder.train(training_folder.arguments("style", *flags))
+    assert seen == [2 * 5 + 2]  # the failed step runs again from its first batch
+    assert "12 blocks that kept what they computed are recomputed from now on" in text
+    same = ("step", "loss", "grad_norm", "items", "t")
+    assert [{key: row[key] for key in same} for row in rows(training_folder, "style")] == [
+        {key: row[key] for key in same} for row in rows(training_folder, "plain")
+    ]
+
+
+def test_memory_that_runs_out_for_good_ends_the_run_with_what_to_change_and_keeps_the_steps_before(
+    training_folder: TrainingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_out(monkeypatch, {3})
+    code = main(training_folder.arguments("style", "--max_train_steps", "5", "--on_oom", "stop"))
+    text = training_folder.capture.readouterr().err
+    assert code == 2 and "Traceback" not in text
+    assert "tokens) (" in text and "12 blocks not recomputed" in text
+    assert "- --gradient_checkpointing\n" in text and "- --on_oom retry" in text
+    assert read_record(training_folder.output / "style-step00000002-state").position.step == 2
 
 
 def test_readers_that_are_spawned_feed_the_trainer(training_folder: TrainingFolder) -> None:

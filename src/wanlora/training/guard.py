@@ -1,0 +1,157 @@
+"""What stands between a pass that runs out of memory and the end of a run.
+
+Every forward and backward pass of a step runs under the guard. It measures what the pass needed (`memory/keeping.py`
+decides by that how many blocks are recomputed), and when memory runs out it makes room and runs the passes of the step
+again from the beginning: first with everything recomputed, then with more blocks streamed from the host. What the
+failed attempt left is dropped, and dropout repeats, so the run is the same as if nothing had happened, and it goes on
+with the room it has made. Processes of a run on several cards do this each for itself: it ends before they exchange
+gradients.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from wanlora.data.dataset import Batch
+from wanlora.foundation.log import log
+from wanlora.foundation.shapes import LatentShape
+from wanlora.memory.checkpointing import Recompute
+from wanlora.memory.host import available_host_memory
+from wanlora.memory.keeping import Keeping
+from wanlora.memory.masters import frozen_tensors
+from wanlora.memory.measure import GIB, MemoryFigures, is_out_of_memory, memory_figures
+from wanlora.memory.streaming import BlockStream
+
+Result = TypeVar("Result")
+Relief = Callable[[], None]
+"""Makes room; to be called once what the failed pass held is gone."""
+
+_STREAMED_AT_A_TIME = 8
+"""One in so many blocks is streamed more each time that memory runs out."""
+_USABLE_HOST_MEMORY = 0.8
+"""The part of the free system memory that is taken for this."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Working:
+    """What is being computed, for messages."""
+
+    bucket: str
+    names: tuple[str, ...] = ()
+    num_tokens: int = 0
+
+
+class MemoryGuard:
+    """Runs passes. With `retry` it makes room when memory runs out; without, the error passes through."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        keeping: Keeping | None = None,
+        recompute: Recompute | None = None,
+        stream: BlockStream | None = None,
+        retry: bool = False,
+    ) -> None:
+        self.device = device
+        self.keeping = keeping or Keeping(0, 0)
+        self.recompute = recompute
+        self.stream = stream
+        self.retry = retry
+        self.working = Working(bucket="the model")
+        self.figures: MemoryFigures | None = None
+        """As they were when memory ran out and nothing was left to be done."""
+
+    @property
+    def num_kept(self) -> int:
+        """Blocks that kept what they computed in the pass at hand."""
+        return self.keeping.num_kept
+
+    def run(self, passes: Callable[[], Result], drop: Callable[[], None]) -> Result:
+        """What `passes` returns, which must repeat exactly; `drop` undoes what an attempt that failed has left."""
+        while True:
+            try:
+                with self.keeping.step():
+                    return passes()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                figures = memory_figures(self.device)
+                relief = self._relief() if self.retry else None
+                if relief is None:
+                    self.figures = figures
+                    raise
+            # The tensors of the failed attempt hang on the error, which is gone only here.
+            drop()
+            self._clean()
+            relief()
+
+    @contextmanager
+    def batch(self, batch: Batch) -> Iterator[None]:
+        """Around the forward and backward pass of one batch."""
+        num_tokens = len(batch.names) * LatentShape.of(batch.pixels).num_tokens
+        self.working = Working(bucket=bucket_name(batch), names=batch.names, num_tokens=num_tokens)
+        with self.keeping.batch(self.working.bucket):
+            yield
+
+    def _relief(self) -> Relief | None:
+        """The cheapest way to make room that is left."""
+        given_up = self.keeping.give_up()
+        if given_up:
+            return partial(self._say, f"{given_up} blocks that kept what they computed are recomputed")
+        stream, recompute = self.stream, self.recompute
+        if stream is None or recompute is None or stream.num_resident == 0:
+            return None
+        count = max(len(stream.blocks) // _STREAMED_AT_A_TIME, 1)
+        if not stream.streamed_indexes:
+            count += stream.wanted_ring  # so many buffers on the card come with the first streamed blocks
+        return partial(self._stream_more, stream, recompute, count) if host_can_take(stream, count) else None
+
+    def _stream_more(self, stream: BlockStream, recompute: Recompute, count: int) -> None:
+        more = stream.stream_more(count)
+        recompute.require(stream.streamed_indexes)
+        self.keeping.num_optional = len(recompute.optional)
+        swapped = len(stream.streamed_indexes) - stream.ring_size
+        self._say(f"{more} blocks more wait in system memory until they are due, as with --blocks_to_swap {swapped},")
+
+    def _say(self, relief: str) -> None:
+        log.warning(
+            f"the card's memory did not suffice for {describe(self.working)}: {relief} from now on, and the step is "
+            "computed again; nothing is lost (--on_oom stop ends the run instead)"
+        )
+
+    def _clean(self) -> None:
+        """Return the memory of the failed attempt."""
+        if self.stream is not None:
+            self.stream.reset()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def bucket_name(batch: Batch) -> str:
+    """`768x416x21`, or `768x416x1 x 4` for a batch of four."""
+    size = len(batch.names)
+    return f"{batch.pixels} x {size}" if size > 1 else str(batch.pixels)
+
+
+def describe(working: Working) -> str:
+    """`768x416x21 (7488 tokens)`."""
+    return f"{working.bucket} ({working.num_tokens} tokens)" if working.num_tokens else working.bucket
+
+
+def host_can_take(stream: BlockStream, count: int) -> bool:
+    """Whether the system has memory for `count` more blocks; it is said if not."""
+    block = sum(tensor.numel() * tensor.element_size() for tensor in frozen_tensors(stream.blocks[0]))
+    free = available_host_memory()
+    if free is None or count * block < _USABLE_HOST_MEMORY * free:
+        return True
+    log.warning(
+        f"{count} more blocks of {block / GIB:.2f} GiB cannot wait in system memory: {free / GIB:.1f} GiB of it is free"
+    )
+    return False

@@ -1,0 +1,179 @@
+"""Passes that run out of memory: what is done about it, and that the run is the same."""
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.unit.memory.wan import adapted_wan
+from tests.unit.training.parts import CPU, Velocity, batch, indexed, step_of
+from wanlora.foundation import log as logs
+from wanlora.memory.checkpointing import Recompute
+from wanlora.memory.keeping import Keeping
+from wanlora.memory.streaming import BlockStream
+from wanlora.models.wan.transformer import WanTransformer
+from wanlora.training import guard as guards
+from wanlora.training.guard import MemoryGuard, bucket_name, describe
+from wanlora.training.position import Position
+
+BATCH = batch(0)
+
+
+class Card:
+    """A Wan whose blocks run out of memory while more than `capacity` of them are on the card or keep things."""
+
+    def __init__(self, capacity: int, *, num_streamed: int = 0, everything: bool = True, retry: bool = True) -> None:
+        self.model = adapted_wan(6, dropout=0.5)
+        blocks = list(self.model.blocks)
+        self.stream = BlockStream(blocks, num_streamed, CPU)
+        self.recompute = Recompute(blocks, required=self.stream.streamed_indexes)
+        self.stream.attach()
+        self.keeping = Keeping(len(self.recompute.optional), 6, everything=everything)
+        self.recompute.keep = self.keeping
+        self.model.run_block = self.recompute
+        self.guard = MemoryGuard(CPU, keeping=self.keeping, recompute=self.recompute, stream=self.stream, retry=retry)
+        self.capacity = capacity
+        self.failures = 0
+        self.model.blocks[2].register_forward_hook(self._fail)
+
+    def _fail(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        if self.keeping.num_kept + self.stream.num_resident > self.capacity:
+            self.failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def step(self) -> list[float]:
+        """The loss and every value of the gradient, after one guarded pass."""
+        return gradients_of(self.model, lambda passes: self.guard.run(passes, lambda: drop(self.model)), self.guard)
+
+
+def drop(model: WanTransformer) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def gradients_of(model: WanTransformer, run: Callable[[Callable[[], float]], float], guard: MemoryGuard) -> list[float]:
+    def passes() -> float:
+        total = 0.0
+        for number in range(2):
+            torch.manual_seed(number)
+            with guard.batch(BATCH):
+                x = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(number))
+                loss = model(x, torch.tensor([300.0]), [torch.ones(5, 32)]).square().mean()
+                loss.backward()
+            total += loss.item()
+        return total
+
+    total = run(passes)
+    return [total, *(v for p in model.parameters() if p.grad is not None for v in p.grad.flatten().tolist())]
+
+
+def undisturbed() -> list[float]:
+    model = adapted_wan(6, dropout=0.5)
+    return gradients_of(model, lambda passes: passes(), MemoryGuard(CPU))
+
+
+def test_everything_is_recomputed_first() -> None:
+    card = Card(capacity=6)
+    assert card.step() == undisturbed()
+    assert card.failures == 1
+    assert card.recompute.recomputed == 2 * 6 and card.stream.num_resident == 6
+
+
+@pytest.mark.parametrize(("num_streamed", "everything"), [(0, True), (0, False), (3, False)])
+def test_then_more_blocks_are_streamed_until_it_fits(num_streamed: int, everything: bool) -> None:
+    card = Card(capacity=1, num_streamed=num_streamed, everything=everything)
+    assert card.step() == undisturbed()
+    assert card.stream.num_resident <= 1
+    assert not set(card.stream.streamed_indexes) & set(card.recompute.optional)
+    failures = card.failures
+    drop(card.model)
+    assert card.step() == undisturbed()
+    assert card.failures == failures
+
+
+def test_an_error_that_nothing_helps_against_passes_through_with_the_figures() -> None:
+    card = Card(capacity=-1)
+    with pytest.raises(torch.OutOfMemoryError, match=r"2\.00 GiB"):
+        card.step()
+    assert card.stream.num_resident == 0
+    assert card.guard.figures is not None
+    assert card.guard.working.names == BATCH.names
+
+
+def test_the_run_ends_at_once_if_that_is_asked_for() -> None:
+    card = Card(capacity=6, retry=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        card.step()
+    assert card.failures == 1 and card.stream.num_resident == 6
+
+
+def test_blocks_stay_on_the_card_if_the_system_has_no_memory_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "available_host_memory", lambda: 1000)
+    card = Card(capacity=1, everything=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        card.step()
+    assert card.stream.num_resident == 6
+
+
+def test_other_errors_are_not_retried() -> None:
+    calls = []
+
+    def passes() -> None:
+        calls.append(1)
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        Card(capacity=6).guard.run(passes, lambda: None)
+    assert calls == [1]
+
+
+def test_what_is_done_is_said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs.log, "propagate", True)
+    with caplog.at_level(logging.INFO, logger="wanlora"):
+        Card(capacity=4).step()
+    first, second = dict.fromkeys(caplog.messages)
+    assert "did not suffice for 32x16x5 (4 tokens): 6 blocks that kept what they computed are recomputed" in first
+    assert "3 blocks more wait in system memory" in second and "--blocks_to_swap 1," in second
+
+
+def test_sizes_have_names() -> None:
+    assert bucket_name(batch(0)) == "32x16x5" and bucket_name(batch(0, 3)) == "32x16x5 x 3"
+    made = MemoryGuard(CPU)
+    assert describe(made.working) == "the model"
+    with made.batch(batch(0, 3)):
+        assert describe(made.working) == "32x16x5 x 3 (12 tokens)"
+
+
+class Exhausted(Velocity):
+    """Runs out of memory in the backward pass of its n-th call."""
+
+    fails_at = 1
+    calls = 0
+
+    def forward(self, *arguments: Tensor) -> Tensor:  # type: ignore[override]
+        out = super().forward(*arguments)  # type: ignore[arg-type]
+        self.calls += 1
+        if self.calls == self.fails_at:
+            out.register_hook(self._run_out)
+        return out
+
+    def _run_out(self, grad: Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_gradients_of_the_failed_attempt_are_dropped(fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, failing = Velocity(), Exhausted()
+    plain.dropout.p = failing.dropout.p = 0.5
+    failing.fails_at = fails_at
+    expected = step_of(plain).measure(indexed([0, 1, 2]), Position(), 3)
+    step = step_of(failing)
+    step.guard = MemoryGuard(CPU, retry=True)
+    monkeypatch.setattr(step.guard, "_relief", lambda: lambda: None)
+    report = step.measure(indexed([0, 1, 2]), Position(), 3)
+    assert failing.calls == fails_at + 3
+    assert report == expected
+    assert plain.mix.grad is not None and failing.mix.grad is not None
+    assert torch.equal(failing.mix.grad, plain.mix.grad)
