@@ -19,7 +19,7 @@ def test_a_plan_needs_neither_caches_nor_a_card(training_folder: TrainingFolder)
     path = training_folder.folder / "plan.json"
     code, text = plan(training_folder, "--card", "RTX 4090", "--blocks_to_swap", "auto", "--json", str(path))
     assert code == 0, text
-    assert "plan for RTX 4090, 23.6 GiB:" in text and "it fits" in text
+    assert "plan for RTX 4090, 23.6 GiB of which 21.6 can be used:" in text and "it fits" in text
     assert "--blocks_to_swap auto: 0; " in text
     record = json.loads(path.read_text(encoding="utf-8"))
     assert record["fits"] and record["disk_bytes"]["latents_there"] == 0
@@ -29,13 +29,14 @@ def test_a_plan_needs_neither_caches_nor_a_card(training_folder: TrainingFolder)
 def test_a_card_may_be_given_by_its_memory(training_folder: TrainingFolder) -> None:
     code, text = plan(training_folder, "--vram", "0.7")
     assert code == 0, text
-    assert "plan for a card of 0.7 GiB:" in text and "it does not fit" in text
+    assert "plan for a card, 0.7 GiB of which 0.0 can be used:" in text and "it does not fit" in text
     assert "about" not in text.split("an epoch:")[1].splitlines()[0]
 
 
 def test_without_a_card_the_processor_is_planned_for(training_folder: TrainingFolder) -> None:
     code, text = plan(training_folder)
     assert code == 0, text
+    assert "are free" in text.split("system memory:")[1].splitlines()[0]
     assert "plan for the processor" in text and '--card "RTX 4090" or --vram 24' in text
 
 

@@ -12,6 +12,7 @@ ours is never touched. A full disk costs the copy and nothing else.
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,9 @@ class KeptCopy:
                 raise OSError(f"{free / 1e9:.1f} GB are free")
             log.info(f"keeping {size / 1e9:.1f} GB of quantised weights in {self.path} for the next start")
             metadata = {_RECIPE: json.dumps(self.recipe), _NOTES: "\n".join(notes)}
+            begin = time.perf_counter()
             write_tensors(self.path, tensors, metadata)
+            log.info(f"kept in {time.perf_counter() - begin:.0f} s")
         except OSError as error:
             log.warning(
                 f"the quantised weights ({size / 1e9:.1f} GB) could not be kept in {self.path.parent} "

@@ -54,6 +54,7 @@ PROMPTS = (
     Prompt(scene=_new("circle", "red", "large"), width=96, height=64, frames=21, seed=1),
     Prompt(scene=_new("cross", "cyan", "large"), width=96, height=64, frames=21, seed=2),
     Prompt(scene=_new("square", "yellow", "large"), width=96, height=64, frames=21, seed=3),
+    Prompt(scene=_new("triangle", "white", "small"), width=96, height=64, frames=21, seed=6),
     Prompt(scene=_new("triangle", "green", "large"), width=64, height=48, frames=45, seed=4),
     Prompt(scene=_new("circle", "pink", "large"), width=96, height=96, frames=1, seed=5),
 )

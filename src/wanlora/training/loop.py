@@ -1,6 +1,6 @@
 """The training loop."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from wanlora.data.dataset import Batch
@@ -10,6 +10,7 @@ from wanlora.foundation.log import log
 from wanlora.foundation.ranks import Rank
 from wanlora.training.after_step import AfterStep
 from wanlora.training.checkpoints import Checkpoints
+from wanlora.training.forecast import Forecast, Measured, Size
 from wanlora.training.guard import bucket_name
 from wanlora.training.interrupts import Interrupts
 from wanlora.training.metrics import Metrics
@@ -67,6 +68,7 @@ class Trainer:
         step: TrainingStep,
         after_step: AfterStep,
         pace: Pace,
+        forecasts: Sequence[Forecast] = (),
         trial: Callable[[], None] | None = None,
         metrics: Metrics,
         validation: Validation,
@@ -80,6 +82,7 @@ class Trainer:
         self.step = step
         self.after_step = after_step
         self.pace = pace
+        self.forecasts = forecasts
         self.trial = trial
         self.metrics = metrics
         self.validation = validation
@@ -140,6 +143,20 @@ class Trainer:
             self.updating = False
             taken = self.pace.finish(" + ".join(sorted(bucket_name(item.batch) for item in work.share)))
             self.metrics.record(report, self.position, after | taken | learning_rates(self.step.optimizer))
+            self._compare(work, taken)
+
+    def _compare(self, work: Work, taken: Mapping[str, float]) -> None:
+        """Hold what was foretold against the step that was just done."""
+        stream = self.step.guard.stream
+        measured = Measured(
+            sizes=[Size(item.batch.pixels, len(item.batch.names)) for item in work.share],
+            seconds=taken["seconds"],
+            peak=taken.get("memory/peak_gib"),
+            kept=self.step.guard.num_kept,
+            streamed=len(stream.streamed_indexes) if stream else 0,
+        )
+        for forecast in self.forecasts:
+            forecast(measured, self.total_steps - self.position.step)
 
     def _keep(self) -> None:
         """Save a run that ends early, unless nothing was trained or the weights are those of half a step."""

@@ -47,7 +47,9 @@ class Pace:
         self._named: set[str] = set()
 
     def begin(self) -> None:
-        """A batch is about to be asked for."""
+        """A batch is about to be asked for. Memory that a preview or a validation took before is not the step's."""
+        if self.meter:
+            self.meter.take_highest()
         self._began = self._loaded = self.clock()
         self._moment = self._look()
 

@@ -50,6 +50,8 @@ class Target:
     """How weights are kept in fp8 there; with `rows` they are also multiplied so."""
     streams: bool = True
     """Blocks can be streamed to it."""
+    host_free: int | None = None
+    """Bytes of system memory that are free there, if that is known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,7 +30,9 @@ def plan_lines(plan: RunPlan, *, steps: int, epochs: float, processes: int = 1) 
 
 
 def _table(plan: RunPlan) -> Iterator[str]:
-    yield f"plan for {plan.target.name}:"
+    total, room = plan.target.total, plan.target.room
+    usable = f", {_gib(total)} GiB of which {_gib(room)} can be used" if total is not None and room is not None else ""
+    yield f"plan for {plan.target.name}{usable}:"
     head = ("size", "batch", "samples", "batches", "tokens", "PFLOP", "needs GiB", "kept", "s/batch")
     rows = [head, *(_row(bucket) for bucket in plan.buckets)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
@@ -86,7 +88,8 @@ def _memory(plan: RunPlan) -> Iterator[str]:
     yield f"{where} at {largest.pixels}: {_sum(parts)}; weights in {_formats(outlook)}"
     for name, size in plan.other_peaks.items():
         yield f"{where} for the {name}: {_gib(size)} GiB"
-    yield f"system memory: about {_sum(plan.host)}"
+    free = plan.target.host_free
+    yield f"system memory: about {_sum(plan.host)}{'' if free is None else f'; {_gib(free)} are free'}"
     disk = plan.disk
     yield (
         f"disk: latents {_size(disk.latents)} ({_size(disk.latents_there)} are there), text "
@@ -95,7 +98,9 @@ def _memory(plan: RunPlan) -> Iterator[str]:
 
 
 def _verdict(plan: RunPlan) -> Iterator[str]:
-    room = plan.target.room
+    room, free, host = plan.target.room, plan.target.host_free, sum(plan.host.values())
+    if free is not None and host > free:
+        yield f"too much system memory: about {_gib(host)} of {_gib(free)} GiB; swap fewer blocks, close other programs"
     if room is None:
         return
     for name, size in plan.other_peaks.items():
@@ -180,7 +185,12 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
     """Everything in the plan as plain values; sizes in bytes."""
     outlook, target = plan.outlook, plan.target
     return {
-        "target": {"name": target.name, "total_bytes": target.total, "usable_bytes": target.room},
+        "target": {
+            "name": target.name,
+            "total_bytes": target.total,
+            "usable_bytes": target.room,
+            "host_free_bytes": target.host_free,
+        },
         "fits": plan.fits,
         "settings": {
             "blocks_to_swap": outlook.swapped,

@@ -13,6 +13,7 @@ from wanlora.foundation.errors import ConfigError
 from wanlora.foundation.files import write_json
 from wanlora.foundation.log import log
 from wanlora.memory.cards import Card, detect_card, find_card
+from wanlora.memory.host import available_host_memory
 from wanlora.memory.limit import default_reserve
 from wanlora.memory.measure import GIB
 from wanlora.memory.outlook import fewest_swapped
@@ -54,15 +55,17 @@ def present_target(config: TrainConfig) -> Target:
     device = _device(config)
     compiled, fp8 = wants_compile(config.memory, device), fp8_weights(config.memory, device)
     if device.type != "cuda":
-        return Target(name="the processor, without a card", compiled=compiled, fp8=fp8, streams=False)
+        name = "the processor, without a card"
+        return Target(name=name, compiled=compiled, fp8=fp8, streams=False, host_free=available_host_memory())
     free, total = torch.cuda.mem_get_info(device)
     return Target(
-        name=f"{torch.cuda.get_device_name(device)}, {total / GIB:.1f} GiB of which {free / GIB:.1f} are free",
+        name=f"the {torch.cuda.get_device_name(device)} here",
         total=total,
         room=usable_room(free, config.memory),
         rates=detect_card(device),
         compiled=compiled,
         fp8=fp8,
+        host_free=available_host_memory(),
     )
 
 
@@ -118,7 +121,7 @@ def _named_target(config: TrainConfig, planning: PlanningConfig) -> Target | Non
     assert memory is not None
     total = int(memory * GIB)
     return Target(
-        name=f"a card of {memory:g} GiB" if card is None else f"{card.name}, {memory:g} GiB",
+        name="a card" if card is None else card.name,
         total=total,
         room=usable_room(total - _CONTEXT, config.memory),
         rates=card,

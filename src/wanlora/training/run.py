@@ -25,6 +25,7 @@ from wanlora.training.checkpoints import Checkpoints
 from wanlora.training.conditioning import encode_texts
 from wanlora.training.engine import Engine
 from wanlora.training.flat import FlatGroups
+from wanlora.training.forecast import Forecast, PeakForecast, TimeForecast, sizes_of_epoch
 from wanlora.training.fp8_check import check_fp8_maths, sample_batches
 from wanlora.training.guard import MemoryGuard, describe
 from wanlora.training.interrupts import Interrupts
@@ -33,6 +34,7 @@ from wanlora.training.metrics import Metrics, StepLog
 from wanlora.training.objective import FlowObjective, Noise
 from wanlora.training.optimizers import ParameterGroups, set_mode, state_bytes
 from wanlora.training.pace import Pace
+from wanlora.training.plan import make_outlook
 from wanlora.training.planning import log_plan, present_target, settle
 from wanlora.training.position import last_step, steps_per_epoch
 from wanlora.training.prepare import Prepared, prepare
@@ -238,6 +240,7 @@ class Run:
             step=step,
             after_step=AfterStep(trainee.network, self.config.network.scale_weight_norms),
             pace=Pace(trainee.keeping.meter),
+            forecasts=self._forecasts(trainee) if main else (),
             trial=self._trial(step),
             metrics=metrics,
             validation=validation,
@@ -247,6 +250,16 @@ class Run:
             position=self.position,
             total_steps=self.total_steps,
         )
+
+    def _forecasts(self, trainee: Trainee) -> list[Forecast]:
+        """What was foretold of this run's steps."""
+        sizes = sizes_of_epoch(self.prepared.plan)
+        forecasts: list[Forecast] = [TimeForecast(sizes)]
+        if trainee.keeping.meter is not None:
+            target = present_target(self.config)
+            outlook = make_outlook(self.config, self.prepared, target, dtype=trainee.dtype)
+            forecasts.append(PeakForecast(outlook, sizes))
+        return forecasts
 
     def _validation(self, trainee: Trainee, step: TrainingStep, metrics: Metrics) -> Validation:
         plan, config = self.prepared.plan.validation, self.config.validation

@@ -12,6 +12,7 @@ from wanlora.data.dataset import Batch
 from wanlora.data.order import BatchSpec
 from wanlora.foundation.errors import DataError
 from wanlora.foundation.ranks import Rank
+from wanlora.training.forecast import Measured
 from wanlora.training.interrupts import Interrupts
 from wanlora.training.loop import Feed, Trainer
 from wanlora.training.metrics import Metrics
@@ -169,6 +170,17 @@ def test_the_end_is_saved_before_the_last_previews() -> None:
     with pytest.raises(DataError):
         made.train()
     assert [(what, position.step) for what, position, _ in saved.events] == [("end", 6)]
+
+
+def test_forecasts_are_told_of_every_step_and_what_is_left() -> None:
+    made, step, _ = trainer(total=4)
+    seen: list[tuple[Measured, int]] = []
+    made.forecasts = [lambda measured, left: seen.append((measured, left))]
+    made.train()
+    assert [left for _, left in seen] == [3, 2, 1, 0]
+    assert all(len(measured.sizes) == 1 and measured.sizes[0].batch == 1 for measured, _ in seen)
+    assert all(measured.seconds > 0 and measured.peak is None for measured, _ in seen)
+    assert {(measured.kept, measured.streamed) for measured, _ in seen} == {(step.guard.num_kept, 0)}
 
 
 def test_validation_comes_first_and_is_told_of_every_step() -> None:

@@ -156,6 +156,13 @@ def test_a_smaller_batch_or_clip_is_proposed(checked: Checked) -> None:
     )
 
 
+def test_too_little_system_memory_is_said(checked: Checked) -> None:
+    plan = planned(checked, 2000)
+    assert "too much system memory" not in lines(plan)
+    poor = replace(plan, target=replace(plan.target, host_free=2**30))
+    assert "too much system memory: about 3." in lines(poor) and "of 1.0 GiB" in lines(poor)
+
+
 def test_previews_are_planned(checked: Checked, training_folder: TrainingFolder) -> None:
     models = training_folder.models
     prompts = training_folder.folder / "prompts.txt"
@@ -224,7 +231,7 @@ def test_the_card_here_is_asked_for_what_is_free(checked: Checked, monkeypatch: 
     here = planning.present_target(config)
     assert here.rates is not None and here.rates.name == "RTX 3090" and here.rates.memory == 24
     assert here.room is not None and 18 * 2**30 < here.room < 20 * 2**30
-    assert here.total == 24 * 2**30 and "20.0 are free" in here.name
+    assert here.total == 24 * 2**30 and here.name == "the NVIDIA GeForce RTX 3090 here" and here.host_free
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (720, "12 min"), (12_600, "3.5 h"), (363_000, "4.2 days")])

@@ -176,6 +176,19 @@ def test_blocks_that_are_kept_as_a_card_has_room_change_no_number(
     assert {row["memory/peak_gib"] for row in rows(training_folder, "style")} == {100 / 1024}
 
 
+def test_what_was_foretold_is_compared_with_the_run(
+    training_folder: TrainingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = CardLimit(total=2**30, others=2**28, reserve=2**28)
+    monkeypatch.setattr("wanlora.training.run.limit_card", lambda device, **options: card)
+    monkeypatch.setattr("wanlora.training.build.CudaMeter", Allocator)
+    flags = ("--max_train_steps", "26", "--gradient_checkpointing")
+    lines = training_folder.train(training_folder.arguments("style", *flags)).splitlines()
+    assert sum("a step takes 0." in line and "what is left takes about" in line for line in lines) == 1
+    (compared,) = [line for line in lines if "the memory of every size was foretold within" in line]
+    assert compared.endswith("GiB, measured 0.1")
+
+
 def run_out(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> list[int]:
     """Let memory run out in these forward passes; returns the list that they are counted in."""
     drawn, seen = objective.velocity, [0]
