@@ -18,7 +18,18 @@ from wanlora.foundation.files import write_text
 from wanlora.models.wan.negative import NEGATIVE_PROMPT
 from wanlora.models.wan.tokens import PAD_ID, JsonTokenizer
 from wanlora.models.wan.umt5 import UMT5Encoder, position_buckets
-from wanlora.quickstart.world import COLOURS, GROUNDS, MOTIONS, NEW_MOTION, NEW_STYLE, PAINTED, RIMS, SHAPES, SIZES, Scene
+from wanlora.quickstart.world import (
+    COLOURS,
+    GROUNDS,
+    MOTIONS,
+    NEW_MOTION,
+    NEW_STYLE,
+    PAINTED,
+    RIMS,
+    SHAPES,
+    SIZES,
+    Scene,
+)
 
 TEXT_ROWS = 32
 """No text that the base is trained with has more tokens."""

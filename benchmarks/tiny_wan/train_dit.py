@@ -140,7 +140,12 @@ def predict(model: WanTransformer, x_BCFHW: Tensor, t_B: Tensor, features_BTD: T
     time_BD, time_B6D = model.embed_time(model_timestep(t_B))
     text_BTD = model.text_embedding(features_BTD)
     rope_2Lk = model.rope.get(latent, x_BLD.device)
-    half: AbstractContextManager[Any] = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if x_BLD.is_cuda else nullcontext()
+    on_card = x_BLD.is_cuda
+    half: AbstractContextManager[Any] = (
+        torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if on_card else nullcontext()
+    )
+        torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if x_BLD.is_cuda else nullcontext()
+    )
     with half:
         for block in model.blocks:
             x_BLD = block(x_BLD, time_B6D, text_BTD, rope_2Lk)
@@ -271,7 +276,9 @@ class Trainer:
         for row, piece in enumerate(_pieces(start / TOKENIZER)):
             if piece in ids:
                 embeddings[ids[piece]] = old["token_embedding.weight"][row].float()
-        self.encoder.load_state_dict({name: tensor.float() for name, tensor in old.items()} | {"token_embedding.weight": embeddings})
+        self.encoder.load_state_dict(
+            {name: tensor.float() for name, tensor in old.items()} | {"token_embedding.weight": embeddings}
+        )
 
     def loss(self, index: int, count: int) -> Tensor:
         """Mean squared error of the velocity on random clips of a bucket at random noise levels."""

@@ -135,7 +135,9 @@ class Clips:
     def _of_world(self, count: int) -> Drawing:
         rows = (self._uniform(count) * len(self.world.radius)).long()
         picked = {name: getattr(self.world, name)[rows] for name in Drawing.__slots__}
-        picked["start"] = torch.where(picked["sway"].any(dim=-1, keepdim=True), picked["start"], self._uniform(count, 2))
+        picked["start"] = torch.where(
+            picked["sway"].any(dim=-1, keepdim=True), picked["start"], self._uniform(count, 2)
+        )
         return Drawing(**picked | {"phase": self._uniform(count)})
 
     def _anything(self, count: int, width: int, height: int) -> Drawing:

@@ -116,7 +116,9 @@ def caption(scene: Scene) -> str:
 def base_scenes(count: int, seed: int) -> tuple[Scene, ...]:
     """Scenes of the world that the base model knows, drawn at random; the same seed gives the same scenes."""
     draw = random.Random(seed)
-    return tuple(_any_scene(draw, draw.choice(MOTIONS), draw.choice(("plain", "plain", "plain", *RIMS))) for _ in range(count))
+    return tuple(
+        _any_scene(draw, draw.choice(MOTIONS), draw.choice(("plain", "plain", "plain", *RIMS))) for _ in range(count)
+    )
 
 
 def new_scenes(count: int, seed: int) -> tuple[Scene, ...]:
