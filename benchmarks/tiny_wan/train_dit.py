@@ -1,8 +1,8 @@
 """Trains the tiny Wan's text encoder and transformer together, by flow matching on latents of the small world.
 
-Usage: python -m benchmarks.tiny_wan.train_dit --vae FILE --out DIR [--seconds 450] [--rehearse]
+Usage: python -m benchmarks.tiny_wan.train_dit --vae FILE --out DIR [--start DIR] [--seconds 450] [--rehearse]
 
-The base sees plain scenes with plain motions and their captions, never the comic style, the word for it, or the motion
+The base sees scenes of the world and their captions, never the comic style, the word for it, or the motion
 "flies". A tenth of the captions is replaced by the empty prompt or by the official negative prompt, for guidance.
 Clips are encoded into pools on the device, one for each size, and a share of the time goes into replacing them by new
 ones. Afterwards the exported files are measured through the ordinary loaders and the ordinary sampling.
@@ -143,8 +143,6 @@ def predict(model: WanTransformer, x_BCFHW: Tensor, t_B: Tensor, features_BTD: T
     on_card = x_BLD.is_cuda
     half: AbstractContextManager[Any] = (
         torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if on_card else nullcontext()
-    )
-        torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if x_BLD.is_cuda else nullcontext()
     )
     with half:
         for block in model.blocks:
