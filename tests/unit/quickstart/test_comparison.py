@@ -134,5 +134,5 @@ def test_the_sheet_shows_every_clip(half_learned: Comparison, tmp_path: Path) ->
 
 def test_every_prompt_of_the_dataset_is_read(tiny_dataset: TinyDataset) -> None:
     requests = resolve_all(read_prompts(tiny_dataset.prompts), TASKS["t2v-14B"])
-    assert [request.pixels.frames for request in requests] == [21, 21, 21, 45, 1]
-    assert len({request.prompt for request in requests}) == 5
+    assert [request.pixels.frames for request in requests] == [21, 21, 21, 21, 45, 1]
+    assert len({request.prompt for request in requests}) == 6
