@@ -16,12 +16,12 @@ from wanlora.training.metrics import read_steps
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = (
     "--sdpa --mixed_precision bf16 --fp8_base --fp8_scaled --optimizer_type adamw8bit --learning_rate 5e-5 "
-    "--gradient_checkpointing --activation_memory off --max_data_loader_n_workers 2 --persistent_data_loader_workers "
+    "--gradient_checkpointing --max_data_loader_n_workers 2 --persistent_data_loader_workers "
     "--network_module networks.lora_wan --network_dim 32 --network_alpha 32 --timestep_sampling shift "
     "--discrete_flow_shift 3.0 --save_every_n_epochs 1 --save_state --seed 2025 --log_config --log_with tensorboard"
 )
-"""The flags of the reference run but for swapping, files, length and previews. As in the peers, and as the user's flags
-meant before there was a choice, every block is recomputed unless a setting says otherwise."""
+"""The flags of the reference run but for swapping, files, length and previews. As in the peers, every block is
+recomputed unless a setting says otherwise."""
 _POLL_SECONDS = 0.1
 _REPORT_SECONDS = 10.0
 _GRACE_SECONDS = 20.0

@@ -60,7 +60,6 @@ SETTINGS: dict[str, Setting] = {
         Setting(name="fp8-fast", extra="--fp8_fast"),
         Setting(name="fp8-fast-swap-10", extra="--fp8_fast --blocks_to_swap 10"),
         Setting(name="fp8-fast-swap-36", extra="--fp8_fast --blocks_to_swap 36"),
-        Setting(name="typed", extra=f"{_KEEP} --blocks_to_swap 10"),
         Setting(name="keep", extra=_KEEP),
         Setting(name="keep-cap-24", extra=f"{_KEEP} --vram_limit 24"),
         Setting(name="keep-bf16", extra=_KEEP, without=_FP8),

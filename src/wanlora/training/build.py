@@ -228,7 +228,7 @@ def _runner(config: MemoryConfig, model: WanTransformer, streamed: int) -> Recom
 
 
 def activation_bytes(config: MemoryConfig) -> int | None:
-    """What a step may need before blocks are recomputed; None: all that is left."""
+    """What a step may need before blocks are recomputed, 0 for `off`; None: all that is left."""
     amount = config.activation_memory
     return {"auto": None, "off": 0}[amount] if isinstance(amount, str) else int(amount * GIB)
 

@@ -332,8 +332,7 @@ class Run:
         return list(resume.record.saved) if resume and resume.folder.resolve().parent == here.resolve() else []
 
     def _trial(self, step: TrainingStep) -> Trial | None:
-        asked = self.config.memory.trial_step
-        if not (self.engine.device.type == "cuda" if asked is None else asked):
+        if not self.config.memory.trial_step:
             return None
         return Trial(self.prepared.plan, step, state_bytes=state_bytes(self.prepared.optimizer))
 

@@ -140,6 +140,13 @@ def test_activations_get_what_the_flag_says_below_what_the_card_may_hold(
     assert made(torch.empty(1, 8, 128)) == 0
 
 
+def test_nothing_is_kept_or_tried_unless_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    config = MemoryConfig(gradient_checkpointing=True)
+    made = choose_keeping(config, Recompute([torch.nn.Linear(1, 1)]), torch.device("cuda"), CARD)
+    assert made.activations == 0 and config.trial_step is False
+
+
 def test_a_share_of_the_card_means_nothing_on_a_cpu_and_that_is_said(
     checked: Checked, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

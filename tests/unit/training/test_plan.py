@@ -114,7 +114,7 @@ def test_an_optimizer_that_cannot_be_tried_counts_as_adam() -> None:
 
 
 def test_a_plan_that_fits_says_so(checked: Checked) -> None:
-    plan = planned(checked, 2000, "--gradient_checkpointing")
+    plan = planned(checked, 2000, "--gradient_checkpointing", "--activation_memory", "auto")
     assert plan.fits and plan.cures == {}
     text = lines(plan)
     assert f"it fits: {plan.largest.pixels} needs" in text
@@ -241,8 +241,8 @@ def test_times_are_told_in_the_unit_that_fits(seconds: float, text: str) -> None
 
 def test_activations_may_be_given_less_than_is_left(checked: Checked) -> None:
     kept = [
-        planned(checked, 2000, "--gradient_checkpointing", "--activation_memory", amount).buckets[0].kept
-        for amount in ("auto", "off", "0.000001")
+        planned(checked, 2000, "--gradient_checkpointing", *amount).buckets[0].kept
+        for amount in (("--activation_memory", "auto"), (), ("--activation_memory", "0.000001"))
     ]
     assert kept == [12, 0, 0]
 

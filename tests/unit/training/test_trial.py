@@ -23,7 +23,7 @@ def test_the_batch_with_the_most_tokens_is_tried(checked: Checked) -> None:
 
 
 def test_a_run_with_a_trial_is_the_same_to_the_bit(training_folder: TrainingFolder) -> None:
-    plain = training_folder.train(training_folder.arguments("plain", *STEPS, "--no_trial_step"))
+    plain = training_folder.train(training_folder.arguments("plain", *STEPS))
     tried = training_folder.train(training_folder.arguments("tried", *STEPS, "--trial_step"))
     assert "trial of the largest batch, 48x32x1 x 2 (12 tokens): its memory suffices" in tried
     assert "trial of" not in plain
