@@ -6,7 +6,7 @@ kernel is one function registered here and one row in the parity test.
 
 Keys and values may end with rows that are all alike, as padded texts do. Two of them then stand for all: a row that
 stands for n others counts n times in the softmax, which is a log(n) added to its score. Kernels that know no such
-addition are given the rows written out.
+addition are given the rows written out, and so are cards on which it has not been measured.
 """
 
 import importlib.util
@@ -68,7 +68,7 @@ def attention(
         )
     if alike is None:
         return chosen.compute(q_BLNK, k_BTNK, v_BTNK)
-    if not chosen.counts_rows:
+    if not _counts_rows(chosen, q_BLNK.device):
         return chosen.compute(q_BLNK, _written_out(k_BTNK, alike), _written_out(v_BTNK, alike))
     return chosen.compute(q_BLNK, k_BTNK, v_BTNK, alike)
 
@@ -136,8 +136,19 @@ def _cuda_backends() -> list[SDPBackend]:
     return [*fast, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
+def _counts_rows(kernel: Kernel, device: torch.device) -> bool:
+    """Whether the kernel is told there how many rows the last two stand for."""
+    return kernel.counts_rows and (device.type != "cuda" or _card_counts_rows())
+
+
+def _card_counts_rows() -> bool:
+    """Whether the addition has been measured on this kind of card: on Hopper, with cuDNN's kernel."""
+    return torch.cuda.get_device_capability() == (9, 0)
+
+
 # What `torch.compiler.assume_constant_result` does, without importing the compiler, which takes a second.
 _cuda_backends._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_card_counts_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _flash(q_BLNK: Tensor, k_BTNK: Tensor, v_BTNK: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ from wanlora.training.prepare import Prepared, prepare
 from wanlora.training.previews import PreviewMaterials, Previews
 from wanlora.training.rates import ForeignRates, PureRates, Rates
 from wanlora.training.record import FileRecord
-from wanlora.training.saver import Saver, restore
+from wanlora.training.saver import Saver, refuse_state_by_matrix, restore
 from wanlora.training.schedules import Factor, build_schedule
 from wanlora.training.settings import all_settings
 from wanlora.training.state import load_state
@@ -109,6 +109,8 @@ class Run:
     def _build(self, card: CardLimit | None) -> Trainer:
         """Everything in its order; what has to be on the card only for a while comes first."""
         state = load_state(self.prepared.resume.folder) if self.prepared.resume else None
+        if state and self.prepared.optimizer.treats_numbers_alone:
+            refuse_state_by_matrix(state)
         materials = self._preview_materials()
         trainee = build_trainee(
             self.config, self.prepared, self.engine.device, self.streams, quiet=not self.engine.rank.is_main, card=card

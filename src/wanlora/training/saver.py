@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from wanlora.config.train import TrainConfig
 from wanlora.foundation.dtypes import parse_dtype
 from wanlora.foundation.errors import CheckpointError
@@ -80,6 +82,24 @@ class Saver:
             optimizer=step.optimizer.state_dict(),
             rates=step.rates.state_dict(),
             scaler=step.scaler.state_dict() if step.scaler else {},
+        )
+
+
+def refuse_state_by_matrix(state: SavedState) -> None:
+    """To be called where the optimizer is given one vector a group (`flat.py`), before anything is loaded.
+
+    Raises `CheckpointError` if the state is of an earlier version, which gave it one matrix after the other.
+    """
+    groups = state.optimizer.get("param_groups", ())
+    remembered = [value for values in state.optimizer.get("state", {}).values() for value in values.values()]
+    by_matrix = any(len(group["params"]) > 1 for group in groups) or any(
+        isinstance(value, Tensor) and value.ndim > 1 for value in remembered
+    )
+    if by_matrix:
+        raise CheckpointError(
+            f"--resume {state.path} was saved by an earlier version, which kept what the optimizer remembers matrix by "
+            "matrix and not as one vector; finish that run with the earlier version, or begin a run with "
+            "--network_weights and the LoRA beside the state"
         )
 
 

@@ -90,6 +90,22 @@ def test_a_kernel_that_adds_nothing_to_scores_sees_all_rows(monkeypatch: pytest.
     assert torch.equal(attention(q, k, v, "flash", alike=17), expected)
 
 
+@pytest.mark.parametrize(("capability", "counts"), [((8, 6), False), ((9, 0), True), ((12, 0), False)])
+def test_only_cards_on_which_that_was_measured_count_rows(
+    capability: tuple[int, int], counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert module._counts_rows(KERNELS.get("sdpa"), torch.device("cuda")) == counts
+    assert module._counts_rows(KERNELS.get("sdpa"), torch.device("cpu"))
+
+
+def test_rows_are_written_out_where_they_cannot_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_counts_rows", lambda kernel, device: False)
+    q, k, v = ending_alike()
+    expected = attention(q, written_out(k, 17), written_out(v, 17), "sdpa")
+    assert torch.equal(attention(q, k, v, "sdpa", alike=17), expected)
+
+
 def test_the_reference_is_the_formula() -> None:
     q, k, v = qkv()
     scores = (q[0, :, 1] @ k[0, :, 1].T / 8).softmax(-1)

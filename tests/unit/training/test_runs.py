@@ -40,6 +40,26 @@ def test_more_epochs_and_other_data_go_on_from_where_a_run_ended(training_folder
     assert rows(training_folder, "style")[-1]["epoch"] == 3
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_a_state_that_remembers_matrix_by_matrix_is_refused_before_anything_is_loaded(
+    name: str, training_folder: TrainingFolder
+) -> None:
+    arguments = training_folder.arguments("style", "--save_state", "--optimizer_type", name)
+    training_folder.train([*arguments, "--max_train_steps", "2"])
+    file = training_folder.output / "style-state" / "optimizer.bin"
+    parts = torch.load(file, weights_only=True)
+    (group,) = parts["optimizer"]["param_groups"]
+    assert group["params"] == [0]
+    as_before = {"state": {}, "param_groups": [{**group, "params": [0, 1]}]}
+    one_matrix = {"state": {0: {"exp_avg": torch.zeros(2, 8)}}, "param_groups": [group]}
+    for optimizer in (as_before, one_matrix):
+        torch.save({**parts, "optimizer": optimizer}, file)
+        assert main([*arguments, "--max_train_steps", "4", "--resume", "latest"]) == 2
+        text = training_folder.capture.readouterr().err
+        assert "was saved by an earlier version" in text and "matrix by matrix" in text
+        assert "Traceback" not in text and text.count("error:") == 1 and "LoRA on" not in text
+
+
 def test_weights_that_an_earlier_start_kept_train_alike(training_folder: TrainingFolder) -> None:
     kept = training_folder.folder / "kept"
     common = ["--max_train_steps", "2", "--fp8_base", "--fp8_scaled", "--mixed_precision", "bf16"]
