@@ -21,7 +21,7 @@ from wanlora.models.wan.checkpoint import load_transformer
 from wanlora.models.wan.spec import TASKS
 from wanlora.quickstart.comparison import Comparison, compare, dataset_clips
 from wanlora.quickstart.page import write_page
-from wanlora.quickstart.sheet import write_sheet
+from wanlora.quickstart.sheet import trail, write_sheet
 from wanlora.quickstart.verdict import Measure, measures, verdict
 from wanlora.quickstart.world import base_scenes, film, new_scenes
 
@@ -136,3 +136,12 @@ def test_every_prompt_of_the_dataset_is_read(tiny_dataset: TinyDataset) -> None:
     requests = resolve_all(read_prompts(tiny_dataset.prompts), TASKS["t2v-14B"])
     assert [request.pixels.frames for request in requests] == [21, 21, 21, 21, 45, 1]
     assert len({request.prompt for request in requests}) == 6
+
+
+def test_a_trail_shows_where_the_shape_was_the_earlier_the_paler() -> None:
+    frames = np.full((21, 20, 60, 3), 200, np.uint8)
+    for index in range(21):
+        frames[index, 8:12, 2 * index : 2 * index + 4] = 0
+    left, middle, right = (int(trail(frames)[10, x, 0]) for x in (1, 21, 42))
+    assert 200 > left > middle > right == 0
+    assert (trail(frames)[0] == 200).all()
