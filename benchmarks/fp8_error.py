@@ -7,7 +7,7 @@ maths, on the same frozen e4m3 weights with a scale per output; each follows its
 losses and the cosine of the two gradients are noted, and for the first batch of every size the error of each layer.
 
 `14B`: Wan's sizes and random weights, the reference mix of random latents; it wants a card with 40 GB, and without one
-it rehearses on a small model. `tiny`: the trained weights of `tiny_wan` on clips of the small world in a look and a
+it rehearses on a small model. `tiny`: the tiny Wan that is shipped on clips of the small world in a look and a
 motion that are new to it, as a user's LoRA has it, four in a batch; it also runs on a CPU, where fp8 maths are
 emulated. A third LoRA there has the unquantised weights, to show what fp8 weights alone change.
 """
@@ -47,12 +47,12 @@ from wanlora.models.wan.vae import load_vae
 from wanlora.quantization.fast_linear import FastFp8Linear, fast_layers, wide_maths
 from wanlora.quantization.installer import Fp8Installer
 from wanlora.quantization.maths_error import LayerErrors, cosine
+from wanlora.quickstart.shipped import PRETRAINED
 from wanlora.quickstart.world import new_scenes, render
 from wanlora.training.fp8_check import LEAST_COSINE, MOST_LOSS_ERROR
 from wanlora.training.objective import FlowObjective, Noise
 
 ROOT = Path(__file__).resolve().parent
-WEIGHTS = ROOT / "tiny_wan" / "weights"
 TINY_SIZES = ((96, 96, 1, 2), (96, 64, 1, 4), (96, 64, 21, 5), (64, 48, 45, 9))
 """Width, height, frames and share of 20 steps: the reference mix on the small world's scale."""
 TINY_BATCH = 4
@@ -72,7 +72,7 @@ class Runner:
 
     def gradient(self, batch: Batch, index: int) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradient at this LoRA's weights."""
-        parameters = self.network.parameters()
+        parameters: list[Tensor] = [*self.network.parameters()]
         with torch.no_grad():
             torch._foreach_copy_(parameters, self.weights)
         with self.maths():
@@ -156,16 +156,14 @@ def compare_tiny(steps: int, device: torch.device) -> dict[str, Any]:
     """The trained tiny Wan on a look and a motion that it has never seen."""
     batches = tiny_batches(steps)
     comparison = Comparison(batches, rank=16, rate=1e-3, device=device)
-    path, options = WEIGHTS / "wan_tiny_t2v_bf16.safetensors", {"device": device, "dtype": torch.bfloat16}
-    installer = Fp8Installer(device, torch.bfloat16, "rows")
-    model = load_transformer(path, "t2v-14B", install=installer, progress=False, **options)
+    load = partial(load_transformer, PRETRAINED.dit, "t2v-14B", device=device, dtype=torch.bfloat16, progress=False)
+    model = load(install=Fp8Installer(device, torch.bfloat16, "rows"))
     parts = comparison.adapt(model)
     layers = fast_layers(model)
     errors = layer_errors(parts[0], layers, batches)
     comparison.add("bf16", parts, partial(wide_maths, layers.values()))
     comparison.add("fp8", parts)
-    unquantised = load_transformer(path, "t2v-14B", progress=False, **options)
-    comparison.add("bf16 weights", comparison.adapt(unquantised))
+    comparison.add("bf16 weights", comparison.adapt(load()))
     return verdict(comparison.run(), errors)
 
 
@@ -197,8 +195,8 @@ def _random_batch(pixels: PixelShape, text_dim: int, generator: torch.Generator)
 
 def tiny_batches(steps: int) -> list[Batch]:
     """Clips of new scenes through the tiny VAE and text encoder, batches of one."""
-    vae = load_vae(WEIGHTS / "wan_tiny_vae.safetensors", device="cpu")
-    t5 = WEIGHTS / "models_t5_tiny-enc-bf16.pth"
+    vae = load_vae(PRETRAINED.vae, device="cpu")
+    t5 = PRETRAINED.t5
     encoder = TextEncoder(load_umt5(t5, device="cpu"), load_tokenizer(None, t5, offline=True))
     sizes = [size[:3] for size in TINY_SIZES for _ in range(size[3])]
     random.Random(3).shuffle(sizes)
