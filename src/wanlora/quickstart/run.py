@@ -1,6 +1,6 @@
 """`wanlora quickstart`: a LoRA learns a look and a motion, on whatever machine this is, for everyone to see.
 
-A tiny Wan is shipped with the package. It draws plain moving shapes. The quickstart gives it clips of a look and a
+A tiny Wan is shipped with the package. It draws moving shapes. The quickstart gives it clips of a look and a
 motion that it does not know, runs the three real programs on them as processes of their own, and then draws the same
 prompts and seeds without and with the LoRA: one page, one picture, and the distance closed, measured on the pixels.
 Nothing is simulated: files are in the official formats, the commands are those that train a real LoRA. Each call trains

@@ -2,8 +2,9 @@
 
 A scene is a function of time in seconds and of nothing else: it can be filmed at any rate, size and aspect, and a
 window of any length that starts anywhere shows its motion. Space is a torus (what leaves on the right comes back on the
-left), so no motion ever ends. The base model has seen plain scenes. It has never seen the comic style, bright paper and
-a thick black outline, nor the motion "flies", aslant up to the right: those are for a LoRA to learn.
+left), so no motion ever ends. The base model has seen grounds of many colours, rims, and motions along an axis. It has
+never seen the comic style, bright paper and a thick black outline, nor the motion "flies", aslant up to the right. Both
+are for a LoRA to learn.
 
 Lengths are in units of the shorter side, colours in [0, 1]. The measures at the end of this file look at pixels alone;
 on a torus they find the shape's place as a circular mean, so a shape that crosses the border is no special case.

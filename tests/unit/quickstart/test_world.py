@@ -54,9 +54,9 @@ def test_scores_separate_base_and_new(frames: int, width: int, height: int) -> N
     assert max(map(look_score, base)) <= 0.5  # a ground may be bright
     assert np.mean([look_score(clip) for clip in base]) < 0.1
     assert min(map(look_score, new)) > 0.9
-    assert max(map(world.motion_score, base)) < 0.5  # to and fro along a line is half a circle
+    assert max(map(world.motion_score, base)) < 0.3  # along one of the two axes
     assert np.mean([world.motion_score(clip) for clip in base]) < 0.15
-    assert min(map(world.motion_score, new)) > 0.85
+    assert min(map(world.motion_score, new)) > 0.95
 
 
 @pytest.mark.parametrize(("frames", "width", "height"), [*CLIPS, (9, 96, 64)])
