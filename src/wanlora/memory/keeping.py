@@ -8,9 +8,11 @@ The first pass of a size recomputes everything. Let P be what a pass needed at m
 x the bytes of a block's input. With k blocks kept out of N, the pass held at the turn from forward to backward at least
 what k blocks keep and N - k inputs, so a block that is kept costs at most (P - N x) / k more than one that is
 recomputed (with k = 0: P - N x, because the last block was recomputed while all inputs were there). The room that is
-left, divided by this, is how many more are kept the next time. The bound grows tighter with k, and two passes with
-different k > 1 give the slope itself: three or four passes come within a block or two of the most that fits, from
-below. A pass that is found above the limit takes back blocks by the same rule; the second time they stay taken back.
+left, divided by this, is how many more are kept the next time. Every pass gives such a bound and the least of them
+holds: they grow tighter with k, but what a pass takes at the turn for other things (the loss) counts from the first
+block on. Two passes with different k > 1 give the slope itself: three or four passes come within a block or two of the
+most that fits, from below. A pass that is found above the limit takes back blocks by the same rule; the second time
+they stay taken back.
 
 Where nothing can be measured (a CPU) nothing is chosen.
 """
@@ -52,6 +54,8 @@ class _Size:
     """How often blocks were taken back."""
     before: tuple[int, int] = (0, 0)
     """`kept` and `need` of the last passes with another number kept."""
+    least: int | None = None
+    """The lowest bound that passes have set to what one block more needs."""
 
     def choose(self, room: int, num_inputs: int) -> None:
         """Set `kept` by the last pass and the bytes that a pass may need now."""
@@ -69,7 +73,8 @@ class _Size:
     def _each(self, num_inputs: int) -> int:
         """Bytes that one block more will need at most."""
         assert self.need is not None
-        each = max((self.need - num_inputs * self.input_bytes) // max(self.kept, 1), 1)
+        bound = max((self.need - num_inputs * self.input_bytes) // max(self.kept, 1), 1)
+        self.least = each = min(bound, self.least or bound)
         kept, need = self.before
         if kept < _FIRST_ON_THE_LINE or kept == self.kept:
             return each

@@ -22,6 +22,8 @@ class World:
     rest: int = 1000 * MIB
     workspace_a_token: int = 12 * WIDTH
     kept_a_token: int = 40 * WIDTH
+    loss_a_token: int = 0
+    """Of the turn from forward to backward."""
     now_peak: int = 0
     num_retries: int = 0
 
@@ -45,7 +47,7 @@ class World:
 
     def need(self, x: Tensor, kept: int) -> int:
         tokens, input_bytes = x.shape[1], x.numel() * 4
-        at_the_turn = kept * self.kept_a_token * tokens + (NUM_BLOCKS - kept) * input_bytes
+        at_the_turn = (kept * self.kept_a_token + self.loss_a_token) * tokens + (NUM_BLOCKS - kept) * input_bytes
         recomputing = (NUM_BLOCKS - kept) * input_bytes + self.kept_a_token * tokens if kept < NUM_BLOCKS else 0
         return self.workspace_a_token * tokens + max(at_the_turn, recomputing)
 
@@ -86,6 +88,15 @@ def test_three_passes_find_nearly_the_most_that_fits_and_none_is_above_the_limit
         assert all(count <= most for count in kept)
         assert kept[2] >= most - 1
         assert kept[-1] == most
+
+
+def test_a_loss_that_takes_as_much_as_blocks_do_is_not_taken_for_what_blocks_keep() -> None:
+    world = World(workspace_a_token=0, loss_a_token=100 * WIDTH)
+    limit = world.rest + world.need(LARGE, 4)
+    made = keeping(world, limit)
+    kept = [one_pass(made, world, LARGE) for _ in range(6)]
+    assert kept[0] == 0 and all(count <= 4 for count in kept)
+    assert kept[-1] >= 2  # the first block that is kept looks as if it took as much as three
 
 
 def test_each_size_has_its_own_number() -> None:
