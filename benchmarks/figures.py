@@ -1,7 +1,7 @@
 """From step logs to figures: medians by bucket, seconds for the reference epoch, and the peers beside them."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -86,9 +86,10 @@ PEERS = (
 
 
 def bucket_of(row: Mapping[str, Any]) -> str:
-    """Which bucket a step was on, by the name of its cache file; batches of one."""
-    (name,) = row["items"]
-    parsed = LatentName.parse(name)
+    """Which bucket a step was on: as the row says, or by the name of its batch's first cache file."""
+    if "bucket" in row:
+        return str(row["bucket"])
+    parsed = LatentName.parse(row["items"][0])
     assert parsed is not None
     return f"{parsed.size[0]}x{parsed.size[1]}x{parsed.window.frames if parsed.window else 1}"
 
@@ -121,6 +122,12 @@ def mix_seconds(figures: Mapping[str, Figures], buckets: Iterable[Bucket]) -> fl
         return None
 
 
+def tokens_per_second(figures: Mapping[str, Figures], buckets: Iterable[Bucket]) -> dict[str, float]:
+    """Video tokens of a bucket's batch by the seconds of its step; buckets without figures are absent."""
+    measured = [bucket for bucket in buckets if str(bucket.pixels) in figures]
+    return {str(bucket.pixels): bucket.num_tokens / figures[str(bucket.pixels)].seconds for bucket in measured}
+
+
 def first_difference(ours: Rows, theirs: Rows) -> str | None:
     """Where two step logs first differ in loss, gradient norm or data, to the last bit; None if they do not."""
     for mine, other in zip(ours, theirs, strict=False):
@@ -137,21 +144,52 @@ def largest_difference(ours: Rows, theirs: Rows) -> float:
 
 
 def table(
-    measured: Mapping[str, Mapping[str, Figures]], buckets: Sequence[Bucket], *, notes: Mapping[str, str], peers: bool
+    measured: Mapping[str, Mapping[str, Figures]],
+    buckets: Sequence[Bucket],
+    *,
+    labels: Mapping[str, str],
+    notes: Mapping[str, str],
+    peers: bool,
 ) -> str:
-    """Seconds a step and peak GiB by setting and bucket, and the mix."""
+    """Seconds a step and peak GiB by setting and bucket, and the mix; `peers`: with those that were measured before."""
     names = [str(bucket.pixels) for bucket in buckets]
     lines = [_line("seconds per step / peak allocated GiB", names, "mix s/epoch")]
     for name, figures in measured.items():
         cells = [_cell(figures.get(bucket)) for bucket in names]
         mix = mix_seconds(figures, buckets)
         end = "-" if mix is None else f"{mix:.0f}"
-        lines.append(_line(f"wanlora {name}", cells, end) + (f"  ({notes[name]})" if notes.get(name) else ""))
+        lines.append(_line(labels[name], cells, end) + (f"  ({notes[name]})" if notes.get(name) else ""))
     for peer in PEERS if peers else ():
         gib = peer.peak_gib or [None] * len(peer.seconds)
         cells = [_pair(seconds, peak) for seconds, peak in zip(peer.seconds, gib, strict=True)]
         lines.append(_line(peer.name, cells, f"{peer.mix:.0f}"))
-    return "\n".join([*lines, f"Rows of musubi and diffusers: {MEASURED_ON}."] if peers else lines)
+    return "\n".join([*lines, f"The last {len(PEERS)} rows: {MEASURED_ON}."] if peers else lines)
+
+
+def peer_ratios(
+    measured: Mapping[str, Mapping[str, Figures]], peers: Collection[str], buckets: Sequence[Bucket]
+) -> dict[str, dict[str, float]]:
+    """Seconds of each setting divided by those of each peer of the same run: by "ours / peer", by bucket and `mix`."""
+    ratios: dict[str, dict[str, float]] = {}
+    for peer in (name for name in measured if name in peers):
+        for name in (name for name in measured if name not in peers):
+            ours, theirs = measured[name], measured[peer]
+            both = [str(bucket.pixels) for bucket in buckets if str(bucket.pixels) in ours.keys() & theirs.keys()]
+            found = {bucket: ours[bucket].seconds / theirs[bucket].seconds for bucket in both}
+            mixes = mix_seconds(ours, buckets), mix_seconds(theirs, buckets)
+            if mixes[0] is not None and mixes[1] is not None:
+                found["mix"] = mixes[0] / mixes[1]
+            if found:
+                ratios[f"{name} / {peer}"] = found
+    return ratios
+
+
+def ratio_lines(ratios: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """`peer_ratios` in words, a line each."""
+    return [
+        f"{pair}: " + ", ".join(f"{bucket} {ratio:.3f}" for bucket, ratio in found.items())
+        for pair, found in ratios.items()
+    ]
 
 
 def swap_costs(
@@ -177,4 +215,4 @@ def _pair(seconds: float, peak_gib: float | None) -> str:
 
 
 def _line(name: str, cells: Sequence[str], end: str) -> str:
-    return f"{name:<56}" + "".join(f"{cell:>15}" for cell in cells) + f"{end:>13}"
+    return f"{name:<64}" + "".join(f"{cell:>15}" for cell in cells) + f"{end:>13}"

@@ -14,7 +14,7 @@ import torch
 from wanlora.foundation.files import write_text
 
 _ROOT = Path(__file__).resolve().parents[1]
-_PACKAGES = ("torch", "triton", "bitsandbytes", "accelerate", "safetensors", "diffusers")
+_PACKAGES = ("torch", "triton", "bitsandbytes", "accelerate", "safetensors", "diffusers", "peft")
 
 
 def conditions() -> dict[str, Any]:
@@ -26,7 +26,7 @@ def conditions() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: package_version(name) for name in _PACKAGES},
     }
 
 
@@ -47,7 +47,7 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
     print(f"written: {path}", flush=True)
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,12 @@ class Bucket:
     pixels: PixelShape
     per_epoch: int
     """Samples in an epoch of the reference run."""
+    batch_size: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Video tokens of a batch."""
+        return self.batch_size * LatentShape.of(self.pixels).num_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +59,12 @@ class Geometry:
     task: str
     sizes: WanSizes
     buckets: tuple[Bucket, ...]
+
+    @property
+    def equal_batches(self) -> tuple[Bucket, Bucket]:
+        """Two ways to the same number of tokens: a batch of first frames, and one short clip of the same size."""
+        short, long = self.buckets[1:3]
+        return replace(short, batch_size=long.num_tokens // short.num_tokens), long
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,12 +112,21 @@ def make_checkpoint(weights: Path, name: str) -> None:
         write_checkpoint(path, sizes)
 
 
-def make_dataset(work: Path, name: str, items: int) -> Path:
-    """The TOML of a dataset with so many items of each bucket; made unless it is there."""
-    folder = work / f"dataset-{name}-{items}"
+def make_dataset(work: Path, name: str, batches: int) -> Path:
+    """The TOML of a dataset with so many batches of each bucket of the mix; made unless it is there."""
+    return _made(work / f"dataset-{name}-{batches}", GEOMETRIES[name], batches)
+
+
+def make_equal_batches(work: Path, name: str, batches: int) -> Path:
+    """The same for `equal_batches`."""
+    geometry = replace(GEOMETRIES[name], buckets=GEOMETRIES[name].equal_batches)
+    return _made(work / f"dataset-{name}-equal-{batches}", geometry, batches)
+
+
+def _made(folder: Path, geometry: Geometry, batches: int) -> Path:
     path = folder / "dataset.toml"
     if not path.exists():
-        write_dataset(folder, GEOMETRIES[name], items)
+        write_dataset(folder, geometry, batches)
     return path
 
 
@@ -163,13 +184,13 @@ def draw_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -
     return torch.randn(shape, dtype=torch.bfloat16, device=generator.device, generator=generator) * deviation
 
 
-def write_dataset(folder: Path, geometry: Geometry, items: int) -> None:
-    """Write `items` random latents and texts for each bucket, and last the dataset TOML that asks for them."""
+def write_dataset(folder: Path, geometry: Geometry, batches: int) -> None:
+    """Write random latents and texts for so many batches of each bucket, and last the TOML that asks for them."""
     generator = torch.Generator().manual_seed(1)
     for bucket in geometry.buckets:
         caches = _caches(folder, bucket)
         caches.mkdir(parents=True, exist_ok=True)
-        for number in range(items):
+        for number in range(batches * bucket.batch_size):
             _write_item(caches, f"item_{number:03d}", bucket, geometry.sizes.text_dim, generator)
     content = {"general": {"enable_bucket": True, "bucket_no_upscale": True}}
     tables = [_table(folder, bucket) for bucket in geometry.buckets]
@@ -195,7 +216,7 @@ def _table(folder: Path, bucket: Bucket) -> dict[str, Any]:
         f"{bucket.kind}_directory": (folder / f"{pixels}-sources").as_posix(),
         "cache_directory": _caches(folder, bucket).as_posix(),
         "resolution": [pixels.width, pixels.height],
-        "batch_size": 1,
+        "batch_size": bucket.batch_size,
         "num_repeats": 1,
     }
     if bucket.kind == "video":

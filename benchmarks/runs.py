@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from benchmarks import peer_diffusers
+from benchmarks.figures import bucket_of
 from benchmarks.materials import GEOMETRIES, Materials
 from wanlora.training.metrics import read_steps
 
@@ -26,6 +28,7 @@ _POLL_SECONDS = 0.1
 _REPORT_SECONDS = 10.0
 _GRACE_SECONDS = 20.0
 _LOG_LINES = 60
+_STEP_LOG = "run-steps.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,18 +41,32 @@ class Setting:
     without: tuple[str, ...] = ()
     """Reference flags that are left out."""
     deterministic: bool = False
+    peer: str = ""
+    """Not this trainer but peer_diffusers.py, in this mode."""
 
     @property
     def flags(self) -> list[str]:
         """The flags that decide speed and memory."""
+        if self.peer:
+            return [self.peer]
         return [flag for flag in REFERENCE.split() if flag not in self.without] + self.extra.split()
 
     @property
     def difference(self) -> str:
-        """What sets it apart from the reference flags without swapping."""
-        return " ".join(
-            [*(f"without {flag}" for flag in self.without), f"with {self.extra}" if self.extra else "alone"]
-        )
+        """What is run, in words."""
+        if self.peer:
+            return peer_diffusers.title(self.peer)
+        parts = [*(f"without {flag}" for flag in self.without), f"with {self.extra}" if self.extra else "alone"]
+        return f"the reference flags {' '.join(parts)}"
+
+    @property
+    def label(self) -> str:
+        """Its row's name in a table."""
+        return peer_diffusers.title(self.peer) if self.peer else f"wanlora {self.name}"
+
+    def warmup(self, ours: int) -> int:
+        """How many steps of each bucket are not timed; `ours` for this trainer."""
+        return peer_diffusers.WARMUP if self.peer else ours
 
     @property
     def swapped(self) -> int:
@@ -103,13 +120,16 @@ class Clock:
 def run_trainer(
     setting: Setting, geometry: str, materials: Materials, work: Path, num_steps: int, clock: Clock
 ) -> Finished:
-    """Train `num_steps` steps; end early when the clock has run out. Prints a line every few seconds."""
+    """Train `num_steps` steps (a peer takes as many as it always does); end early when the clock has run out.
+
+    Prints a line every few seconds.
+    """
     output = work / "output" / setting.name
-    steps_file = output / "run-steps.jsonl"
+    steps_file = output / _STEP_LOG
     steps_file.unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     log_path = output / "console.txt"
-    print(f"[{clock.elapsed:4.0f} s] {setting.name}: the reference flags {setting.difference}", flush=True)
+    print(f"[{clock.elapsed:4.0f} s] {setting.name}: {setting.difference}", flush=True)
     with log_path.open("w", encoding="utf-8") as log:
         begin = time.monotonic()
         process = _start(setting, geometry, materials, output, num_steps, log)
@@ -142,10 +162,15 @@ def _discard_all_but(kept: set[Path]) -> None:
 def _start(
     setting: Setting, geometry: str, materials: Materials, output: Path, num_steps: int, log: TextIO
 ) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(ROOT / "wan_train_network.py"), "--task", GEOMETRIES[geometry].task]
-    command += ["--dit", str(materials.dit), *setting.flags, *(["--deterministic"] if setting.deterministic else [])]
-    command += ["--dataset_config", str(materials.dataset), "--max_train_steps", str(num_steps)]
-    command += ["--output_dir", str(output), "--output_name", "run", "--logging_dir", str(output / "logs")]
+    if setting.peer:
+        command = [sys.executable, str(ROOT / "benchmarks" / "peer_diffusers.py"), setting.peer]
+        command += ["--geometry", geometry, "--log", str(output / _STEP_LOG)]
+    else:
+        command = [sys.executable, str(ROOT / "wan_train_network.py"), "--task", GEOMETRIES[geometry].task]
+        command += ["--dit", str(materials.dit), *setting.flags]
+        command += ["--deterministic"] if setting.deterministic else []
+        command += ["--dataset_config", str(materials.dataset), "--max_train_steps", str(num_steps)]
+        command += ["--output_dir", str(output), "--output_name", "run", "--logging_dir", str(output / "logs")]
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_environment(), cwd=ROOT)
 
 
@@ -179,7 +204,7 @@ def _progress(steps_file: Path, num_steps: int) -> str:
     rows = read_steps(steps_file)
     if not rows:
         return "no step yet"
-    return f"step {len(rows)} of {num_steps}, the last took {rows[-1]['seconds']:.3f} s ({rows[-1]['items'][0]})"
+    return f"step {len(rows)} of {num_steps}, the last took {rows[-1]['seconds']:.3f} s ({bucket_of(rows[-1])})"
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

@@ -1,11 +1,13 @@
 """Seconds per step and peak memory of the trainer on the reference mix, and whether swapping changes a single bit.
 
-Usage: python benchmarks/training_step.py [make] [time] [equal] --geometry 14B --results DIR
+Usage: python benchmarks/training_step.py [make] [time] [batch-short] [equal] --geometry 14B --results DIR
 
 Each stage makes what it needs first. `time` runs the trainer once per setting over a shuffled epoch of all buckets, as
 a user's run has it, and takes the median of each bucket's steps after its first few. A step's seconds are those of the
-step log: waiting for the batch and the step. `equal` trains the same
-steps with and without swapping and compares losses and gradient norms bit for bit. See README.md beside this file.
+step log: waiting for the batch and the step. Settings called `peer-…` run another trainer (`peer_diffusers.py`) in
+their turn, and the ratios of our seconds to its seconds are printed. `batch-short` compares tokens per second of a
+batch of single frames and of one clip with as many tokens. `equal` trains the same steps with and without swapping and
+compares losses and gradient norms bit for bit. See README.md beside this file.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import peer_diffusers
 from benchmarks.figures import (
     MEASURED_ON,
     PEERS,
@@ -29,10 +32,13 @@ from benchmarks.figures import (
     first_difference,
     largest_difference,
     mix_seconds,
+    peer_ratios,
+    ratio_lines,
     swap_costs,
     table,
+    tokens_per_second,
 )
-from benchmarks.machine import conditions, machine, write_report
+from benchmarks.machine import conditions, machine, report_path, write_report
 from benchmarks.materials import (
     GEOMETRIES,
     TEXT_TOKENS,
@@ -42,45 +48,14 @@ from benchmarks.materials import (
     choose_folders,
     make_checkpoint,
     make_dataset,
+    make_equal_batches,
 )
 from benchmarks.runs import ROOT, Clock, Finished, Setting, run_trainer
+from benchmarks.settings import PAIRS, SETTINGS
 
-_FP8 = ("--fp8_base", "--fp8_scaled")
-_KEEP = "--activation_memory auto"
-SETTINGS: dict[str, Setting] = {
-    setting.name: setting
-    for setting in (
-        Setting(name="reference-eager", extra="--blocks_to_swap 10 --no_compile"),
-        Setting(name="reference", extra="--blocks_to_swap 10"),
-        Setting(name="no-swap", extra=""),
-        Setting(name="no-swap-eager", extra="--no_compile"),
-        Setting(name="swap-36", extra="--blocks_to_swap 36"),
-        Setting(name="swap-36-eager", extra="--blocks_to_swap 36 --no_compile"),
-        Setting(name="bf16-no-swap", without=_FP8),
-        Setting(name="fp8-fast", extra="--fp8_fast"),
-        Setting(name="fp8-fast-swap-10", extra="--fp8_fast --blocks_to_swap 10"),
-        Setting(name="fp8-fast-swap-36", extra="--fp8_fast --blocks_to_swap 36"),
-        Setting(name="keep", extra=_KEEP),
-        Setting(name="keep-cap-24", extra=f"{_KEEP} --vram_limit 24"),
-        Setting(name="keep-bf16", extra=_KEEP, without=_FP8),
-        Setting(name="keep-fp8-fast", extra=f"{_KEEP} --fp8_fast"),
-        Setting(name="keep-fp8-fast-cap-24", extra=f"{_KEEP} --fp8_fast --vram_limit 24"),
-        Setting(name="reference-bf16-residual", extra="--blocks_to_swap 10 --residual_dtype bfloat16"),
-        Setting(name="no-swap-bf16-residual", extra="--residual_dtype bfloat16"),
-        Setting(name="swap-36-bf16-residual", extra="--blocks_to_swap 36 --residual_dtype bfloat16"),
-    )
-}
-"""What `--configs` names."""
-PAIRS = (
-    ("reference", "no-swap"),
-    ("reference-eager", "no-swap-eager"),
-    ("swap-36", "no-swap"),
-    ("swap-36-eager", "no-swap-eager"),
-    ("reference-bf16-residual", "no-swap-bf16-residual"),
-    ("swap-36-bf16-residual", "no-swap-bf16-residual"),
-)
-"""Settings that differ in swapping alone."""
-_STAGES = ("make", "time", "equal")
+Measured = Mapping[str, Mapping[str, Figures]]
+"""Figures by setting and bucket."""
+_STAGES = ("make", "time", "batch-short", "equal")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     good = True
     if "time" in options.stages:
         good &= _time(options, timed, work, clock)
+    if "batch-short" in options.stages:
+        equal = Materials(dit=dit, dataset=make_equal_batches(work, options.geometry, options.warmup + options.timed))
+        good &= _batch_short(options, equal, work, clock)
     if "equal" in options.stages:
         good &= _compare(options, compared, work, clock)
     return 0 if good else 1
@@ -140,51 +118,64 @@ def _make(weights: Path, geometry: str) -> None:
 def _time(options: argparse.Namespace, materials: Materials, work: Path, clock: Clock) -> bool:
     """Measure every setting; results are written after each, so that a stop loses nothing."""
     geometry = GEOMETRIES[options.geometry]
-    num_steps = (options.warmup + options.timed) * len(geometry.buckets)
-    path = options.results / f"training-step-{options.geometry}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
+    path = report_path(options.results, f"training-step-{options.geometry}")
     finished: list[Finished] = []
-    for setting in _possible(options.configs, geometry.sizes.num_layers):
+    possible = _possible(options.configs, geometry.sizes.num_layers)
+    for setting in possible:
         if clock.left <= 0:
             print(f"{setting.name}: left out, time is up", flush=True)
             continue
+        of_each = peer_diffusers.STEPS if setting.peer else options.warmup + options.timed
+        num_steps = of_each * len(geometry.buckets)
         finished.append(run_trainer(setting, options.geometry, materials, work, num_steps, clock))
-        measured = {run.setting.name: figures_by_bucket(run.rows, options.warmup) for run in finished}
+        measured = _figures(finished, options.warmup)
         write_report(path, _time_report(options, finished, measured, geometry.buckets))
         print(_summary(options.geometry, finished, measured, geometry.buckets), flush=True)
-    return all(run.exit_code == 0 for run in finished)
+    no_peer = any(setting.peer and setting not in possible for setting in options.configs)
+    return not no_peer and all(run.exit_code == 0 for run in finished)
 
 
 def _possible(settings: Sequence[Setting], num_layers: int) -> list[Setting]:
+    """Those that can be run here; the others are named."""
+    missing = peer_diffusers.missing_packages()
+    possible = []
     for setting in settings:
         if setting.swapped > num_layers:
             print(f"{setting.name}: left out, the model has only {num_layers} blocks", flush=True)
-    return [setting for setting in settings if setting.swapped <= num_layers]
+        elif setting.peer and missing:
+            print(f"{setting.name}: left out, {missing}", flush=True)
+        else:
+            possible.append(setting)
+    return possible
 
 
-def _summary(
-    geometry: str,
-    finished: Sequence[Finished],
-    measured: Mapping[str, Mapping[str, Figures]],
-    buckets: Sequence[Bucket],
-) -> str:
+def _figures(finished: Sequence[Finished], warmup: int) -> Measured:
+    return {run.setting.name: figures_by_bucket(run.rows, run.setting.warmup(warmup)) for run in finished}
+
+
+def _peers(finished: Sequence[Finished]) -> set[str]:
+    return {run.setting.name for run in finished if run.setting.peer}
+
+
+def _summary(geometry: str, finished: Sequence[Finished], measured: Measured, buckets: Sequence[Bucket]) -> str:
     notes = {run.setting.name: run.note for run in finished}
+    labels = {run.setting.name: run.setting.label for run in finished}
     starts = [
         f"{run.setting.name}: {run.start_seconds:.1f} s to the first step, which took {run.rows[0]['seconds']:.1f} s"
         for run in finished
         if run.start_seconds is not None
     ]
-    shown = table(measured, buckets, notes=notes, peers=geometry == "14B")
-    return "\n".join(["", shown, *swap_costs(measured, PAIRS, buckets), *starts, ""])
+    shown = table(measured, buckets, labels=labels, notes=notes, peers=geometry == "14B")
+    ratios = ratio_lines(peer_ratios(measured, _peers(finished), buckets))
+    return "\n".join(["", shown, *ratios, *swap_costs(measured, PAIRS, buckets), *starts, ""])
 
 
 def _time_report(
-    options: argparse.Namespace,
-    finished: Sequence[Finished],
-    measured: Mapping[str, Mapping[str, Figures]],
-    buckets: Sequence[Bucket],
+    options: argparse.Namespace, finished: Sequence[Finished], measured: Measured, buckets: Sequence[Bucket]
 ) -> dict[str, Any]:
     runs = {
         run.setting.name: {
+            "what": run.setting.label,
             "flags": run.setting.flags,
             "buckets": {bucket: asdict(figures) for bucket, figures in measured[run.setting.name].items()},
             "mix_seconds": mix_seconds(measured[run.setting.name], buckets),
@@ -193,13 +184,15 @@ def _time_report(
         for run in finished
     }
     peers = [asdict(peer) for peer in PEERS] if options.geometry == "14B" else []
-    return {**_conditions(options), "runs": runs, "peers": peers, "peers_source": MEASURED_ON}
+    ratios = peer_ratios(measured, _peers(finished), buckets)
+    return {**_conditions(options), "runs": runs, "ratios": ratios, "peers": peers, "peers_source": MEASURED_ON}
 
 
 def _course(run: Finished) -> dict[str, Any]:
     """How a run went: every step, and what it printed last."""
     steps = [
-        [bucket_of(row), row["seconds"], row.get("memory/peak_gib"), row["loss"], row["grad_norm"]] for row in run.rows
+        [bucket_of(row), row["seconds"], row.get("memory/peak_gib"), row["loss"], row.get("grad_norm")]
+        for row in run.rows
     ]
     return {
         "exit_code": run.exit_code,
@@ -209,6 +202,40 @@ def _course(run: Finished) -> dict[str, Any]:
         "steps": {"columns": ["bucket", "seconds", "peak_gib", "loss", "grad_norm"], "rows": steps},
         "log": run.log,
     }
+
+
+def _batch_short(options: argparse.Namespace, materials: Materials, work: Path, clock: Clock) -> bool:
+    """Tokens per second of every setting on a batch of first frames, and on one clip with as many tokens."""
+    geometry = GEOMETRIES[options.geometry]
+    buckets = geometry.equal_batches
+    num_steps = (options.warmup + options.timed) * len(buckets)
+    path = report_path(options.results, f"batch-short-{options.geometry}")
+    runs: dict[str, Any] = {}
+    good = True
+    for setting in _possible([setting for setting in options.configs if not setting.peer], geometry.sizes.num_layers):
+        if clock.left <= 0:
+            print(f"{setting.name}: left out, time is up", flush=True)
+            continue
+        run = run_trainer(setting, options.geometry, materials, work, num_steps, clock)
+        figures = figures_by_bucket(run.rows, options.warmup)
+        rates = tokens_per_second(figures, buckets)
+        by_bucket = {bucket: asdict(found) for bucket, found in figures.items()}
+        runs[setting.name] = {"flags": setting.flags, "buckets": by_bucket, "tokens_per_second": rates, **_course(run)}
+        write_report(path, {**_conditions(options), "batch_size": [b.batch_size for b in buckets], "runs": runs})
+        good &= run.exit_code == 0
+        print(f"{setting.name}: {_batch_verdict(rates, buckets)}", flush=True)
+    return good
+
+
+def _batch_verdict(rates: Mapping[str, float], buckets: tuple[Bucket, Bucket]) -> str:
+    names = [str(bucket.pixels) for bucket in buckets]
+    if any(name not in rates for name in names):
+        return "not both sizes were measured"
+    short, long = (rates[name] for name in names)
+    return (
+        f"{buckets[0].batch_size} x {names[0]} {short:.0f} tokens/s, {names[1]} {long:.0f} tokens/s, ratio "
+        f"{short / long:.3f}"
+    )
 
 
 def _compare(options: argparse.Namespace, materials: Materials, work: Path, clock: Clock) -> bool:

@@ -11,8 +11,11 @@ from benchmarks.figures import (
     first_difference,
     largest_difference,
     mix_seconds,
+    peer_ratios,
+    ratio_lines,
     swap_costs,
     table,
+    tokens_per_second,
 )
 from benchmarks.materials import GEOMETRIES
 
@@ -40,6 +43,31 @@ def _cells(*seconds: int) -> list[str]:
 def test_a_cache_name_tells_its_bucket() -> None:
     found = [bucket_of(row(file, 1.0)) for file in FILES]
     assert found == [str(bucket.pixels) for bucket in BUCKETS]
+
+
+def test_a_row_that_names_its_bucket_and_a_batch_of_several_are_understood() -> None:
+    assert bucket_of({"bucket": "768x416x21", "seconds": 1.0}) == "768x416x21"
+    assert bucket_of({"items": [FILES[1], FILES[1]]}) == "768x416x1"
+
+
+def test_every_setting_is_compared_with_every_peer_of_its_run() -> None:
+    measured = {
+        "keep": figures_by_bucket(epoch((1, 2, 3, 4)), 0),
+        "peer-eager": figures_by_bucket(epoch((2, 8, 3, 4)), 0),
+        "stopped": figures_by_bucket(epoch((1, 2, 3, 4))[:1], 0),
+    }
+    ratios = peer_ratios(measured, {"peer-eager", "peer-compile"}, BUCKETS)
+    assert list(ratios) == ["keep / peer-eager", "stopped / peer-eager"]
+    mix = (120 * 1 + 240 * 2 + 240 * 3 + 480 * 4) / (120 * 2 + 240 * 8 + 240 * 3 + 480 * 4)
+    assert list(ratios["keep / peer-eager"].values()) == [0.5, 0.25, 1.0, 1.0, pytest.approx(mix)]
+    assert ratio_lines(ratios)[1] == "stopped / peer-eager: 768x768x1 0.500"
+
+
+def test_first_frames_in_a_batch_have_the_tokens_of_a_clip() -> None:
+    short, long = GEOMETRIES["14B"].equal_batches
+    assert (str(short.pixels), short.batch_size, str(long.pixels)) == ("768x416x1", 6, "768x416x21")
+    figures = figures_by_bucket([row(FILES[1], 2.0), row(FILES[2], 1.0)], 0)
+    assert tokens_per_second(figures, (short, long)) == {"768x416x1": 3744, "768x416x21": 7488}
 
 
 def test_warm_up_steps_are_left_out_of_each_bucket() -> None:
@@ -74,8 +102,9 @@ def test_logs_that_differ_in_the_last_bit_are_told_apart() -> None:
 
 def test_the_table_shows_our_rows_and_the_peers() -> None:
     measured = {"no-swap": figures_by_bucket(epoch((1, 2, 3, 4)), 0), "failed": figures_by_bucket([], 0)}
-    lines = table(measured, BUCKETS, notes={"failed": "exit code 1"}, peers=True).splitlines()
-    assert lines[1].split() == ["wanlora", "no-swap", *_cells(1, 2, 3, 4), "3240"]
+    labels = {"no-swap": "ours", "failed": "theirs"}
+    lines = table(measured, BUCKETS, labels=labels, notes={"failed": "exit code 1"}, peers=True).splitlines()
+    assert lines[1].split() == ["ours", *_cells(1, 2, 3, 4), "3240"]
     assert lines[2].endswith("(exit code 1)")
     assert len(lines) == 3 + len(PEERS) + 1
 

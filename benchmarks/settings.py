@@ -1,0 +1,43 @@
+"""The ways to run the trainer, and the peer, that training_step.py knows by name."""
+
+from benchmarks.runs import Setting
+
+_FP8 = ("--fp8_base", "--fp8_scaled")
+_KEEP = "--activation_memory auto"
+SETTINGS: dict[str, Setting] = {
+    setting.name: setting
+    for setting in (
+        Setting(name="reference-eager", extra="--blocks_to_swap 10 --no_compile"),
+        Setting(name="reference", extra="--blocks_to_swap 10"),
+        Setting(name="no-swap", extra=""),
+        Setting(name="no-swap-eager", extra="--no_compile"),
+        Setting(name="swap-36", extra="--blocks_to_swap 36"),
+        Setting(name="swap-36-eager", extra="--blocks_to_swap 36 --no_compile"),
+        Setting(name="bf16-no-swap", without=_FP8),
+        Setting(name="fp8-fast", extra="--fp8_fast"),
+        Setting(name="fp8-fast-swap-10", extra="--fp8_fast --blocks_to_swap 10"),
+        Setting(name="fp8-fast-swap-36", extra="--fp8_fast --blocks_to_swap 36"),
+        Setting(name="keep", extra=_KEEP),
+        Setting(name="keep-cap-24", extra=f"{_KEEP} --vram_limit 24"),
+        Setting(name="keep-bf16", extra=_KEEP, without=_FP8),
+        Setting(name="keep-fp8-fast", extra=f"{_KEEP} --fp8_fast"),
+        Setting(name="keep-fp8-fast-cap-24", extra=f"{_KEEP} --fp8_fast --vram_limit 24"),
+        Setting(name="keep-cap-24-swap-20", extra=f"{_KEEP} --vram_limit 24 --blocks_to_swap 20"),
+        Setting(name="keep-fp8-fast-cap-24-swap-20", extra=f"{_KEEP} --fp8_fast --vram_limit 24 --blocks_to_swap 20"),
+        Setting(name="reference-bf16-residual", extra="--blocks_to_swap 10 --residual_dtype bfloat16"),
+        Setting(name="no-swap-bf16-residual", extra="--residual_dtype bfloat16"),
+        Setting(name="swap-36-bf16-residual", extra="--blocks_to_swap 36 --residual_dtype bfloat16"),
+        Setting(name="peer-compile", peer="compile"),
+        Setting(name="peer-eager", peer="eager"),
+    )
+}
+"""What `--configs` names."""
+PAIRS = (
+    ("reference", "no-swap"),
+    ("reference-eager", "no-swap-eager"),
+    ("swap-36", "no-swap"),
+    ("swap-36-eager", "no-swap-eager"),
+    ("reference-bf16-residual", "no-swap-bf16-residual"),
+    ("swap-36-bf16-residual", "no-swap-bf16-residual"),
+)
+"""Settings that differ in swapping alone."""
