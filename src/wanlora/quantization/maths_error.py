@@ -5,20 +5,30 @@ its own and not what came down to it. What training would notice: the loss of th
 gradient of everything that is trained.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from wanlora.quantization.fast_linear import FastFp8Linear, wide_maths
+from wanlora.quantization.scaled_matmul import Kernel
+
+_NO_BACKWARD = -1
+"""torch's number of the backward pass in which a call happens, if it happens in none."""
 
 
 class LayerErrors:
-    """Collects the relative errors of `layers` over any number of passes; use as a context manager."""
+    """Collects the relative errors of `layers` over any number of passes; use as a context manager.
+
+    A pass may run in fp8 maths or in ordinary ones (`wide_maths`): what a layer answers is held against what it would
+    answer in the other, from the same input. Calls in backward, where blocks are recomputed, do not count.
+    """
 
     def __init__(self, layers: Mapping[str, FastFp8Linear]) -> None:
         self.layers = layers
+        self._kernels = {name: layer.kernel for name, layer in layers.items()}
         self._squares: dict[str, Tensor] = {}
 
     def __enter__(self) -> "LayerErrors":
@@ -41,12 +51,25 @@ class LayerErrors:
 
     def _hook(self, name: str) -> Callable[[FastFp8Linear, tuple[Tensor], Tensor], None]:
         def compare(layer: FastFp8Linear, args: tuple[Tensor], out: Tensor) -> None:
-            with torch.no_grad(), wide_maths([layer]):
-                exact = layer.forward(args[0]).float()
-            squares = torch.stack([(out.detach().float() - exact).square().sum(), exact.square().sum()])
+            if torch._C._current_graph_task_id() != _NO_BACKWARD:
+                return
+            wide = layer.kernel is None
+            with torch.no_grad(), _computing_by(layer, self._kernels[name] if wide else None):
+                other = layer.forward(args[0])
+            exact, fast = (out.detach(), other) if wide else (other, out.detach())
+            squares = torch.stack([(fast.float() - exact.float()).square().sum(), exact.float().square().sum()])
             self._squares[name] = self._squares[name] + squares if name in self._squares else squares
 
         return compare
+
+
+@contextmanager
+def _computing_by(layer: FastFp8Linear, kernel: Kernel | None) -> Iterator[None]:
+    before, layer.kernel = layer.kernel, kernel
+    try:
+        yield
+    finally:
+        layer.kernel = before
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,10 +89,17 @@ class Difference:
 
 
 def compare_maths(
-    loss: Callable[[], Tensor], parameters: Sequence[Tensor], layers: Mapping[str, FastFp8Linear]
+    loss: Callable[[], Tensor],
+    parameters: Sequence[Tensor],
+    layers: Mapping[str, FastFp8Linear],
+    errors: LayerErrors | None = None,
 ) -> Difference:
-    """Loss and gradient with fp8 maths and without. `loss` must repeat itself; no `.grad` is touched."""
-    with wide_maths(layers.values()):
+    """Loss and gradient with fp8 maths and without. `loss` must repeat itself; no `.grad` is touched.
+
+    `errors` collects during the pass without them, in which every layer gets the input that it would get if there were
+    none at all.
+    """
+    with wide_maths(layers.values()), errors or nullcontext():
         exact_loss, exact = _gradient(loss, parameters)
     fast_loss, fast = _gradient(loss, parameters)
     values = torch.stack([fast_loss, exact_loss, cosine(fast, exact)]).tolist()

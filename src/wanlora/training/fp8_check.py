@@ -5,10 +5,12 @@ printed at every start: the error of each layer's output, then the loss and the 
 each against bf16 maths on the same fp8 weights. A layer that errs too much keeps bf16 maths.
 
 Which layers those are is decided on the base model and the first epoch's batches, whatever the state of the training:
-a resumed run decides as the first did. Blocks are run as plain Python here, so that nothing is compiled for a
-measurement, and all of them are recomputed.
+a resumed run decides as the first did. Adapters that have not been trained change nothing, so one pass in bf16 maths
+serves for the layers and for the gradient; where they have been, the layers get a pass of their own. Blocks are run as
+plain Python here, so that nothing is compiled for a measurement, and all of them are recomputed.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +31,7 @@ from wanlora.generation.pipeline import evaluating
 from wanlora.memory.checkpointing import Recompute
 from wanlora.memory.measure import is_out_of_memory
 from wanlora.models.wan.transformer import WanTransformer
-from wanlora.quantization.fast_linear import FastFp8Linear, fast_layers
+from wanlora.quantization.fast_linear import FastFp8Linear, fast_layers, wide_maths
 from wanlora.quantization.maths_error import Difference, LayerErrors, compare_maths
 from wanlora.training.build import Trainee
 from wanlora.training.engine import Engine
@@ -63,19 +65,27 @@ def check_fp8_maths(
     trainee: Trainee, objective: FlowObjective, batches: Sequence[IndexedBatch], engine: Engine
 ) -> None:
     """Measure and print what fp8 maths change, and turn them off in layers that err too much. `batches` of epoch 0."""
+    begin = time.perf_counter()
     layers = fast_layers(trainee.model)
     with _measuring(trainee.model):
-        errors = engine.from_main(_layer_errors(trainee, objective, layers, batches))
+        measured = LayerErrors(layers)
+        if _is_trained(trainee):
+            _measure_base(trainee, objective, batches, measured)
+            differences = [_difference(trainee, objective, item) for item in batches]
+        else:
+            differences = [_difference(trainee, objective, item, measured) for item in batches]
+        errors = engine.from_main({_plain(name): error for name, error in measured.result().items()})
         if not errors:
             return
         _report_layers(errors)
         bad = [name for name, error in errors.items() if not error <= MOST_ERROR]
         if bad:
             _widen(layers, bad)
-        for item in batches:
-            difference = _difference(trainee, objective, item)
-            if difference is not None:
-                _report(difference, item.batch)
+            differences = [_difference(trainee, objective, item) for item in batches]
+    for difference, item in zip(differences, batches, strict=True):
+        if difference is not None:
+            _report(difference, item.batch)
+    log.info(f"fp8 maths were measured in {time.perf_counter() - begin:.1f} s")
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()  # compiled blocks ask for other sizes than these did
 
@@ -91,14 +101,20 @@ def _measuring(model: WanTransformer) -> Iterator[None]:
         model.run_block = runner
 
 
-def _layer_errors(
-    trainee: Trainee, objective: FlowObjective, layers: Mapping[str, FastFp8Linear], batches: Sequence[IndexedBatch]
-) -> dict[str, float]:
-    """Of each layer by its official path, on the base model."""
-    with LayerErrors(layers) as errors, trainee.network.enabled(False), torch.no_grad():
-        for item in batches:
+def _is_trained(trainee: Trainee) -> bool:
+    """Whether the adapters change anything yet. Waits for the device."""
+    factors = [adapter.lora_up.weight for adapter in trainee.network.adapters.values()]
+    return bool(torch.stack(torch._foreach_norm([factor.detach() for factor in factors])).any())
+
+
+def _measure_base(
+    trainee: Trainee, objective: FlowObjective, batches: Sequence[IndexedBatch], errors: LayerErrors
+) -> None:
+    """The errors of layers on the model without its adapters, in a pass that serves nothing else."""
+    wide = partial(wide_maths, errors.layers.values())
+    for item in batches:
+        with errors, wide(), trainee.network.enabled(False), torch.no_grad():
             _if_it_fits(partial(_loss, objective, item), trainee, item.batch)
-    return {_plain(name): error for name, error in errors.result().items()}
 
 
 def _report_layers(errors: Mapping[str, float]) -> None:
@@ -128,11 +144,13 @@ def _widen(layers: Mapping[str, FastFp8Linear], bad: Sequence[str]) -> None:
     )
 
 
-def _difference(trainee: Trainee, objective: FlowObjective, item: IndexedBatch) -> Difference | None:
-    """What is changed for training on a batch; None if memory does not suffice."""
-    layers = fast_layers(trainee.model)
-    measure = partial(compare_maths, partial(_loss, objective, item), trainee.network.parameters(), layers)
-    return _if_it_fits(measure, trainee, item.batch)
+def _difference(
+    trainee: Trainee, objective: FlowObjective, item: IndexedBatch, errors: LayerErrors | None = None
+) -> Difference | None:
+    """What is changed for training on a batch, and with it the `errors` of layers; None if memory does not suffice."""
+    loss = partial(_loss, objective, item)
+    parameters, layers = trainee.network.parameters(), fast_layers(trainee.model)
+    return _if_it_fits(partial(compare_maths, loss, parameters, layers, errors), trainee, item.batch)
 
 
 def _report(difference: Difference, batch: Batch) -> None:

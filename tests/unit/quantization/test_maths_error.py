@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.unit.quantization.test_fast_linear import make_linear, relative
 from wanlora.quantization.fast_linear import FastFp8Linear, fast_layers, wide_maths
@@ -37,6 +38,23 @@ def test_a_layers_error_is_its_own_over_all_passes() -> None:
             with wide_maths([layer]):
                 assert found[name] == pytest.approx(relative(out, layer(given)), rel=1e-3)
     assert not tower.first._forward_hooks
+
+
+def test_a_pass_in_ordinary_maths_tells_the_same_errors_and_recomputed_calls_do_not_count() -> None:
+    tower, x = Tower(), torch.randn(9, 128)
+    layers = fast_layers(tower)
+    calls = []
+    tower.first.register_forward_hook(lambda *args: calls.append(args))
+    errors = LayerErrors({"first": tower.first})
+    found = compare_maths(
+        lambda: checkpoint(tower, x, use_reentrant=False).square().mean(), [tower.gains], layers, errors
+    )
+    assert len(calls) == 4  # two passes, each with its recomputation
+    assert fast_layers(tower) == layers and len(tower.first._forward_hooks) == 1
+    assert found == compare_maths(lambda: tower(x).square().mean(), [tower.gains], layers)
+    with LayerErrors({"first": tower.first}) as fast, torch.no_grad():
+        tower(x)
+    assert errors.result() == pytest.approx(fast.result(), rel=1e-6)
 
 
 def test_loss_and_gradient_are_those_of_two_ordinary_backward_passes() -> None:

@@ -15,7 +15,7 @@ from wanlora.foundation.log import log
 from wanlora.foundation.random import Streams
 from wanlora.quantization.fast_linear import fast_layers
 from wanlora.training.build import Trainee, build_trainee
-from wanlora.training.fp8_check import check_fp8_maths, sample_batches
+from wanlora.training.fp8_check import _is_trained, check_fp8_maths, sample_batches
 from wanlora.training.metrics import read_steps
 from wanlora.training.objective import FlowObjective, Noise
 from wanlora.training.state import load_state
@@ -80,16 +80,45 @@ def test_the_errors_are_printed_and_nothing_is_changed_or_compiled(run: Run, sai
     counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     run.check()
     lines = messages(said, logging.INFO)
-    assert len(lines) == 3 and not messages(said, logging.WARNING)
+    assert len(lines) == 4 and not messages(said, logging.WARNING)
     assert lines[0].startswith("fp8 maths: 120 matrices multiply in fp8; against bf16 maths the outputs err by 2.")
-    for item, line in zip(run.batches, lines[1:], strict=True):
+    for item, line in zip(run.batches, lines[1:3], strict=True):
         assert line.startswith(f"fp8 maths against bf16 maths on {item.batch.pixels}: loss ")
         assert "cosine of the gradients 0.99" in line
+    assert lines[3].startswith("fp8 maths were measured in ")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted
     assert run.trainee.model.run_block is runner and run.trainee.model.training
     assert fast_layers(run.trainee.model) == layers
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.trainee.network.state_dict().items())
     assert all(parameter.grad is None for parameter in run.trainee.network.parameters())
+
+
+def test_each_batch_is_run_once_in_each_maths_and_the_base_once_more_if_adapters_are_trained(
+    run: Run, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Untrained, the pass in bf16 maths serves the layers too, and tells of them what a pass of their own would."""
+    losses, calls, lines = run.objective.losses, [], []
+
+    def counted(batch, noising):  # type: ignore[no-untyped-def]
+        calls.append(batch.pixels)
+        return losses(batch, noising)
+
+    monkeypatch.setattr(run.objective, "losses", counted)
+    for trained, passes in ((False, 4), (True, 6)):
+        monkeypatch.setattr("wanlora.training.fp8_check._is_trained", lambda trainee, trained=trained: trained)
+        said.clear()
+        calls.clear()
+        run.check()
+        assert len(calls) == passes
+        lines.append(messages(said, logging.INFO)[:3])
+    assert lines[0] == lines[1]
+
+
+def test_adapters_are_trained_once_an_up_factor_is_not_zero(run: Run) -> None:
+    assert not _is_trained(run.trainee)
+    adapter = next(iter(run.trainee.network.adapters.values()))
+    adapter.lora_up.weight.data[0, 0] = 1e-3
+    assert _is_trained(run.trainee)
 
 
 def test_layers_that_err_too_much_keep_bf16_maths(run: Run, said: pytest.LogCaptureFixture) -> None:
