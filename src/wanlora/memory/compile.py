@@ -7,11 +7,14 @@ call to call, as it does for streamed blocks. Only `forward` is compiled, not th
 a variable of the graph unless `dynamic` says otherwise.
 """
 
+import importlib
 import importlib.util
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -19,8 +22,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_COMPILER = "torch._inductor.compile_fx"
 _C_COMPILERS = ("cc", "gcc", "clang", "cl")
 _TRITON_CAPABILITY = (7, 0)
+
+
+@contextmanager
+def importing_compiler(*, wanted: bool) -> Iterator[None]:
+    """Import the compiler in a thread while the caller waits for something else (a checkpoint); it is there afterwards.
+
+    It takes seconds, which `torch.compile` would otherwise take when blocks are made ready. An error shows there too.
+    """
+    thread = threading.Thread(target=_import_compiler, daemon=True)
+    if wanted:
+        thread.start()
+    try:
+        yield
+    finally:
+        if wanted:
+            thread.join()  # modules that two threads import at once may be seen half made
+
+
+def _import_compiler() -> None:
+    with suppress(Exception):
+        importlib.import_module(_COMPILER)
 
 
 def compile_blocks(

@@ -14,6 +14,7 @@ import torch
 from wanlora.config.train import MemoryConfig, NetworkConfig, TrainConfig
 from wanlora.foundation.dtypes import dtype_name
 from wanlora.foundation.errors import CheckpointError
+from wanlora.foundation.laps import start
 from wanlora.foundation.log import log, say_once, warn_once
 from wanlora.foundation.random import Streams
 from wanlora.lora.files import read_lora
@@ -21,7 +22,7 @@ from wanlora.lora.merge import MergedLoRAs
 from wanlora.lora.network import LoRANetwork, inject
 from wanlora.lora.targets import candidates
 from wanlora.memory.checkpointing import Recompute
-from wanlora.memory.compile import compile_blocks, missing_compiler
+from wanlora.memory.compile import compile_blocks, importing_compiler, missing_compiler
 from wanlora.memory.keeping import Keeping
 from wanlora.memory.limit import CardLimit
 from wanlora.memory.measure import GIB, CudaMeter
@@ -62,8 +63,12 @@ def build_trainee(
     """Build what is trained. `quiet` hides the progress bar; `card` is what may be used of one."""
     dtype = compute_dtype(config.run.mixed_precision, prepared.transformer.dtypes[0], device)
     streamed = num_streamed(config.memory, device, prepared.transformer.sizes.num_layers)
-    model = _load(config, prepared, device, dtype, streamed, quiet)
+    compiles = wants_compile(config.memory, device)
+    with importing_compiler(wanted=compiles and config.memory.compile_backend == "inductor"):
+        model = _load(config, prepared, device, dtype, streamed, quiet)
+    start.lap("weights")
     network = _adapt(config.network, prepared, model, device, streams)
+    start.lap("adapters")
     model.run_block = recompute = _runner(config.memory, model, streamed)
     recompute.keep = keeping = choose_keeping(config.memory, recompute, device, card)
     stream = None
@@ -72,9 +77,10 @@ def build_trainee(
             list(model.blocks), streamed, device, config.memory.block_swap_ring_size, pin=device.type == "cuda"
         )
         stream.attach()
-    if wants_compile(config.memory, device):
+    if compiles:
         _compile(config.memory, model)
     model.train()
+    start.lap("blocks")
     return Trainee(model=model, network=network, stream=stream, recompute=recompute, keeping=keeping, dtype=dtype)
 
 

@@ -72,7 +72,7 @@ def _adamw() -> Maker:
 def _adamw8bit() -> Maker:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("--optimizer_type adamw8bit needs bitsandbytes: pip install bitsandbytes; or use adamw")
-    with _without_notes_on_cpu_kernels():
+    with _without_notes_on_cpu_kernels(), _without_compiler():
         maker: Maker = importlib.import_module("bitsandbytes.optim").AdamW8bit
     return maker
 
@@ -86,6 +86,26 @@ def _without_notes_on_cpu_kernels() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(_names_no_cpu_kernel)
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """While it is imported, bitsandbytes hands its kernels for processors to `torch.compile`, which loads the compiler.
+
+    That takes more than a second, is needed by nothing of a card's, and costs a processor far more in compiling than
+    it saves; so these functions stay as they are written.
+    """
+    compile_ = torch.compile
+    torch.compile = _as_it_is
+    try:
+        yield
+    finally:
+        torch.compile = compile_
+
+
+def _as_it_is(model: Any = None, **options: Any) -> Any:
+    """A `torch.compile` that compiles nothing."""
+    return _as_it_is if model is None else model
 
 
 def _names_no_cpu_kernel(record: logging.LogRecord) -> bool:

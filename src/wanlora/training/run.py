@@ -12,6 +12,7 @@ from wanlora.data.order import BatchSpec, epoch_batches
 from wanlora.diffusion.weighting import LOSS_WEIGHTINGS
 from wanlora.foundation.dtypes import parse_dtype
 from wanlora.foundation.errors import MemoryPlanError
+from wanlora.foundation.laps import start
 from wanlora.foundation.log import log
 from wanlora.foundation.random import Streams
 from wanlora.memory.limit import CardLimit, limit_card
@@ -56,6 +57,8 @@ def train(config: TrainConfig) -> None:
     if config.run.show_timesteps is not None:
         show_timesteps(config)
         return
+    start.begin()
+    start.lap("imports")
     prepared = prepare(config)
     announce(config, prepared)
     target = present_target(config)
@@ -65,6 +68,7 @@ def train(config: TrainConfig) -> None:
         log.info("dry run: everything is in order; nothing was loaded or written")
         return
     folder = run_folder(config.logging)
+    start.lap("checks")
     engine = Engine.start(config.run, log_with=wanted_trackers(config.logging), logging_dir=folder)
     try:
         Run(config, prepared, engine).train()
@@ -97,9 +101,11 @@ class Run:
         set_backends(self.config.run)
         memory = self.config.memory
         card = limit_card(self.engine.device, reserve=memory.vram_reserve, at_most=memory.vram_limit)
+        start.lap("device")
         try:
             trainer = self._build(card)
             log.info(f"steps {self.position.step + 1} to {self.total_steps}, seed {self.seed}, on {self.engine.device}")
+            log.info(start.finish())
             trainer.train()
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -111,7 +117,9 @@ class Run:
         state = load_state(self.prepared.resume.folder) if self.prepared.resume else None
         if state and self.prepared.optimizer.treats_numbers_alone:
             refuse_state_by_matrix(state)
+        start.lap("state")
         materials = self._preview_materials()
+        start.lap("prompts and VAE")
         trainee = build_trainee(
             self.config, self.prepared, self.engine.device, self.streams, quiet=not self.engine.rank.is_main, card=card
         )
@@ -120,10 +128,14 @@ class Run:
         if state:
             restore(state, trainee.network, step, self.config.optimizer.kwargs)
         set_mode(step.optimizer, training=True)
+        start.lap("optimizer")
         if fast_layers(trainee.model):
             batches = sample_batches(self.prepared.plan, self._order(0))
             check_fp8_maths(trainee, step.objective, batches, self.engine)
-        return self._trainer(trainee, step, materials)
+            start.lap("fp8 check")
+        trainer = self._trainer(trainee, step, materials)
+        start.lap("logs and loader")
+        return trainer
 
     def _count_steps(self) -> int:
         epochs = self.config.run.max_train_epochs

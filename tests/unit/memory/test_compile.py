@@ -1,6 +1,7 @@
 """Compiled blocks: one graph for all, beside streaming and recomputation."""
 
 import shutil
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from tests.unit.memory.wan import ARGUMENTS, adapted_wan, losses_and_gradients, train_step
 from wanlora.memory.checkpointing import Recompute
-from wanlora.memory.compile import compile_blocks, is_compiled, missing_compiler, restore_blocks
+from wanlora.memory.compile import compile_blocks, importing_compiler, is_compiled, missing_compiler, restore_blocks
 from wanlora.memory.streaming import BlockStream
 
 CPU = torch.device("cpu")
@@ -112,3 +113,23 @@ def test_a_machine_without_a_c_compiler_is_told_from_one_with(monkeypatch: pytes
 def test_a_card_needs_triton_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "triton" in (missing_compiler(torch.device("cuda")) or "")
+
+
+def test_the_compiler_is_imported_by_another_thread_and_is_there_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = []
+    began = threading.Event()
+
+    def import_module(name: str) -> None:
+        assert began.wait(10)
+        imported.append((name, threading.current_thread()))
+        raise ImportError("shown where it is used")
+
+    monkeypatch.setattr("wanlora.memory.compile.importlib.import_module", import_module)
+    with importing_compiler(wanted=True):
+        assert not imported
+        began.set()
+    ((name, thread),) = imported
+    assert name == "torch._inductor.compile_fx" and thread is not threading.main_thread()
+    with importing_compiler(wanted=False):
+        pass
+    assert len(imported) == 1

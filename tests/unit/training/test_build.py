@@ -1,7 +1,9 @@
 """What is built from the settings, read back from the built parts."""
 
 import logging
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,10 +19,12 @@ from wanlora.memory.checkpointing import Recompute
 from wanlora.memory.compile import is_compiled
 from wanlora.memory.limit import CardLimit
 from wanlora.memory.measure import GIB, CudaMeter
+from wanlora.models.wan.transformer import WanTransformer
 from wanlora.quantization.fast_linear import fast_layers
 from wanlora.quantization.linear import Fp8Linear
 from wanlora.training.build import (
     Trainee,
+    _load,
     build_trainee,
     choose_keeping,
     num_streamed,
@@ -113,6 +117,31 @@ def test_compiling_is_the_default_only_on_cuda_with_a_compiler(monkeypatch: pyte
     monkeypatch.setattr("wanlora.training.build.missing_compiler", lambda device: "there is no C compiler")
     assert not wants_compile(MemoryConfig(compile=True), cuda)
     assert wants_compile(MemoryConfig(compile=True, compile_backend="eager"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [(["--compile"], True), (["--compile", "--compile_backend", "aot_eager"], False), (["--no_compile"], False)],
+)
+def test_the_compiler_is_imported_while_the_model_is_read_if_blocks_are_compiled_by_it(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch, flags: list[str], wanted: bool
+) -> None:
+    events: list[object] = []
+
+    @contextmanager
+    def importing_compiler(*, wanted: bool) -> Iterator[None]:
+        events.append(wanted)
+        yield
+        events.append("imported")
+
+    def load(*args: Any) -> WanTransformer:
+        events.append("read")
+        return _load(*args)
+
+    monkeypatch.setattr("wanlora.training.build.importing_compiler", importing_compiler)
+    monkeypatch.setattr("wanlora.training.build._load", load)
+    build(checked, *flags)
+    assert events == [wanted, "read", "imported"]
 
 
 def test_recomputation_covers_all_blocks_with_gradient_checkpointing(checked: Checked) -> None:

@@ -1,5 +1,7 @@
 """Optimizers by name: what is built, with which settings, and what is refused."""
 
+import subprocess
+import sys
 from typing import Any
 
 import prodigyopt
@@ -39,6 +41,16 @@ def group(rate: float | None = 3e-4) -> dict[str, Any]:
 )
 def test_a_name_finds_its_class(name: str, expected: type) -> None:
     assert choose(name).maker is expected
+
+
+def test_importing_the_8bit_optimizer_does_not_load_the_compiler() -> None:
+    """In a process of its own: here somebody may have loaded it long ago."""
+    code = (
+        "import sys, torch; before = torch.compile; from wanlora.training.optimizers import OPTIMIZERS; "
+        "OPTIMIZERS.get('adamw8bit')(); assert torch.compile is before; "
+        "sys.exit('torch._inductor.compile_fx' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "AdamW8bit", "bitsandbytes.optim.AdamW8bit"])
