@@ -296,6 +296,8 @@ class MemoryConfig(Checked):
     """Refuse graph breaks."""
     compile_cache_size_limit: Count | None = None
     """How many graphs torch.compile keeps."""
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """auto: passes that the GPU could do faster than the host can queue them are recorded once and replayed whole."""
 
     @property
     def num_swapped(self) -> int:

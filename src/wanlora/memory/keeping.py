@@ -106,6 +106,8 @@ class Keeping:
         self.limit = self._first_limit = limit
         self.activations = activations
         self.num_inputs = num_blocks if num_inputs is None else num_inputs
+        self.aside = 0
+        """Bytes below the limit that passes must leave, because they could not be given back in time."""
         self._everything_below: float = float("inf") if everything else 0
         """Inputs of this many bytes have run out of memory with everything kept."""
         self._sizes: dict[tuple[int, ...], _Size] = {}
@@ -185,7 +187,7 @@ class Keeping:
 
     def _room(self) -> int:
         """Bytes that the pass at hand may need."""
-        room = self.limit - self._baseline
+        room = self.limit - self.aside - self._baseline
         return room if self.activations is None else min(room, self.activations)
 
     def _take(self, size: _Size, label: str, *, retried: bool) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -46,6 +46,17 @@ class Working:
     num_tokens: int = 0
 
 
+class Spare(Protocol):
+    """Memory that only makes steps faster."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is any."""
+
+    def give_up(self) -> None:
+        """Give it back for good."""
+
+
 class MemoryGuard:
     """Runs passes. With `retry` it makes room when memory runs out; without, the error passes through."""
 
@@ -63,6 +74,8 @@ class MemoryGuard:
         self.recompute = recompute
         self.stream = stream
         self.retry = retry
+        self.spare: Spare | None = None
+        """Given back before anything else is done."""
         self.working = Working(bucket="the model")
         self.figures: MemoryFigures | None = None
         """As they were when memory ran out and nothing was left to be done."""
@@ -82,7 +95,7 @@ class MemoryGuard:
                 if not is_out_of_memory(error):
                     raise
                 figures = memory_figures(self.device)
-                relief = self._relief() if self.retry else None
+                relief = self._spare_relief() or (self._relief() if self.retry else None)
                 if relief is None:
                     self.figures = figures
                     raise
@@ -98,6 +111,13 @@ class MemoryGuard:
         self.working = Working(bucket=bucket_name(batch), names=batch.names, num_tokens=num_tokens)
         with self.keeping.batch(self.working.bucket):
             yield
+
+    def _spare_relief(self) -> Relief | None:
+        return partial(self._give_spare, self.spare) if self.spare and self.spare.is_open else None
+
+    def _give_spare(self, spare: Spare) -> None:
+        spare.give_up()
+        self._say("no pass is replayed as a CUDA graph")
 
     def _relief(self) -> Relief | None:
         """The cheapest way to make room that is left."""

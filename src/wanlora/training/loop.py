@@ -142,6 +142,8 @@ class Trainer:
             self.position = self.position.after(work.num_batches, epoch_length=work.epoch_length)
             self.updating = False
             taken = self.pace.finish(" + ".join(sorted(bucket_name(item.batch) for item in work.share)))
+            if report.replayed:
+                taken.pop("memory/peak_gib", None)
             self.metrics.record(report, self.position, after | taken | learning_rates(self.step.optimizer))
             self._compare(work, taken)
 

@@ -7,6 +7,7 @@ nothing else; they are drawn on the CPU, so that every device and every number o
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ from wanlora.diffusion.timesteps import TimestepPlan
 from wanlora.foundation.random import Streams
 from wanlora.foundation.shapes import LatentShape
 
-VelocityModel = Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor]
-"""(x_BCFHW, timestep_B, text) -> velocity_BCFHW, float32."""
+VelocityModel = Callable[[Tensor, Tensor, Any], Tensor]
+"""(x_BCFHW, timestep_B, text) -> velocity_BCFHW, float32; text is a sequence of embeddings or padded ones."""
 BatchSizes = Callable[[int], Iterable[int]]
 """epoch -> number of samples of each of its batches, in order."""
 
@@ -55,6 +56,20 @@ class Noise:
         return self._epoch[1]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """All that a pass reads of one batch, on the device."""
+
+    x0_BCFHW: Tensor
+    """The data, float32."""
+    x1_BCFHW: Tensor
+    """The noise, float32."""
+    t_B: Tensor
+    """The noise levels, float32."""
+    text: Sequence[Tensor] | Tensor
+    """One embedding T x D per sample, or all of them padded and stacked."""
+
+
 @dataclass(frozen=True, slots=True)
 class Loss:
     """The loss of one batch, with its graph, and the noise levels it was taken at."""
@@ -81,10 +96,26 @@ class FlowObjective:
 
     def losses(self, batch: Batch, noising: Noising) -> Tensor:
         """The loss of every sample of a batch [B], float32."""
-        x0 = batch.latents_BCFHW.to(self.device, non_blocking=True).float()
-        x1 = noising.noise_BCFHW.to(self.device, non_blocking=True)
-        t_B = noising.t_B.to(self.device, non_blocking=True)
-        text = [embedding.to(self.device, non_blocking=True) for embedding in batch.text]
-        predicted = self.model(interpolate(x0, x1, t_B), model_timestep(t_B), text)
+        return self.losses_of(self.inputs(batch, noising))
+
+    def inputs(self, batch: Batch, noising: Noising) -> Inputs:
+        """What a pass reads, copied to the device without waiting for it."""
+        return Inputs(
+            x0_BCFHW=batch.latents_BCFHW.to(self.device, non_blocking=True).float(),
+            x1_BCFHW=self._sent(noising.noise_BCFHW),
+            t_B=self._sent(noising.t_B),
+            text=[embedding.to(self.device, non_blocking=True) for embedding in batch.text],
+        )
+
+    def losses_of(self, inputs: Inputs) -> Tensor:
+        """The loss of every sample [B], float32. Nothing here waits for the device or looks at numbers."""
+        x0, x1, t_B = inputs.x0_BCFHW, inputs.x1_BCFHW, inputs.t_B
+        predicted = self.model(interpolate(x0, x1, t_B), model_timestep(t_B), inputs.text)
         errors_B = (predicted.float() - velocity(x0, x1)).square().flatten(1).mean(1)
         return errors_B * self.weight(t_B)
+
+    def _sent(self, drawn: Tensor) -> Tensor:
+        """Numbers drawn on the host, on their way: a copy from memory that is not page-locked waits for the card."""
+        if self.device.type == "cuda":
+            drawn = drawn.pin_memory()
+        return drawn.to(self.device, non_blocking=True)

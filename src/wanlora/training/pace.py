@@ -105,13 +105,13 @@ class Pace:
         return "the reason is outside of this program: another one on the card or the processors, or a card that is hot"
 
     def _look(self) -> _Moment:
-        return _Moment(_compilations(), self.meter.retries() if self.meter else 0)
+        return _Moment(compilations(), self.meter.retries() if self.meter else 0)
 
     def _spilling(self) -> bool:
         return self.meter is not None and driver_spills() and self.meter.free() < _FULL_BYTES
 
 
-def _compilations() -> int:
+def compilations() -> int:
     """Graphs that torch.compile has made so far; 0 where it was never loaded."""
     utilities = sys.modules.get("torch._dynamo.utils")
     return int(utilities.counters["stats"]["unique_graphs"]) if utilities else 0

@@ -5,7 +5,7 @@ memory. One that fails is reported and training goes on. Several processes share
 """
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -54,7 +54,9 @@ class Previews:
         output_dir: Path,
         output_name: str,
         kernel: str,
+        make_room: Callable[[], None] = lambda: None,
     ) -> None:
+        """`make_room` is called before any is drawn."""
         self.config = config
         self.materials = materials
         self.trainee = trainee
@@ -63,6 +65,7 @@ class Previews:
         self.output_dir = output_dir
         self.output_name = output_name
         self.kernel = kernel
+        self.make_room = make_room
 
     def at_first(self, position: Position) -> None:
         """Before the first step, if asked for; not when a run is resumed."""
@@ -134,6 +137,7 @@ class Previews:
         model, kernel = self.trainee.model, self.trainee.model.attention
         set_mode(self.optimizer, training=False)
         model.attention = self.kernel
+        self.make_room()
         try:
             yield
         finally:

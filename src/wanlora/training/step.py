@@ -20,8 +20,9 @@ from wanlora.foundation.errors import UserError
 from wanlora.foundation.random import Streams
 from wanlora.training.engine import Engine
 from wanlora.training.flat import FlatGroups
-from wanlora.training.guard import MemoryGuard
-from wanlora.training.objective import FlowObjective
+from wanlora.training.graphs import Replays
+from wanlora.training.guard import MemoryGuard, bucket_name
+from wanlora.training.objective import FlowObjective, Inputs
 from wanlora.training.position import Position
 from wanlora.training.rates import Rates
 
@@ -42,6 +43,8 @@ class StepReport:
     """The items trained on, of every process."""
     timesteps: tuple[float, ...]
     """The noise level of every item, in the same order."""
+    replayed: bool = False
+    """Some pass was replayed as a CUDA graph; the allocator is not asked for its memory."""
     skipped: bool = False
     """float16 only: the gradient overflowed at the current loss scale, and the update was left out."""
 
@@ -70,8 +73,12 @@ class TrainingStep:
         scaler: torch.amp.GradScaler | None = None,
         guard: MemoryGuard | None = None,
         flat: FlatGroups | None = None,
+        replays: Replays | None = None,
     ) -> None:
-        """`parameters` are what the optimizer updates: the vectors of `flat`, if it is given, else the model's."""
+        """`parameters` are what the optimizer updates: the vectors of `flat`, if it is given, else the model's.
+
+        `replays` makes one launch of passes where that is faster; it needs `flat` and no `scaler`.
+        """
         self.objective = objective
         self.parameters = parameters
         self.optimizer = optimizer
@@ -82,6 +89,9 @@ class TrainingStep:
         self.scaler = scaler
         self.guard = guard or MemoryGuard(engine.device)
         self.flat = flat
+        self.replays = replays
+        self._total = torch.zeros((), device=engine.device)
+        """The loss of the passes so far, over the batches of the step; it stays where it is."""
 
     def measure(self, share: Sequence[IndexedBatch], position: Position, num_batches: int) -> StepReport:
         """Loss and clipped gradient of a step's `num_batches` batches, of which this process has `share`.
@@ -89,7 +99,10 @@ class TrainingStep:
         Raises `DivergedError`, with the items named, if the loss or its gradient is not finite; the weights are then
         as before.
         """
+        replayed = self._num_replayed
         total, names, levels = self.guard.run(partial(self._passes, share, position, num_batches), self.drop_gradients)
+        if self.replays:
+            self.replays.passes_queued()
         if self.flat:
             self.flat.collect()
         self.engine.sum_gradients(self.parameters)
@@ -102,6 +115,7 @@ class TrainingStep:
             grad_norm=norm_value,
             names=tuple(name for part in self.engine.gather_objects(names) for name in part),
             timesteps=tuple(t for part in self.engine.gather_objects(levels) for t in part),
+            replayed=self._num_replayed > replayed,
             skipped=self._overflowed(loss_value, norm_value),
         )
         self._refuse_non_finite(report, position)
@@ -111,26 +125,44 @@ class TrainingStep:
         self, share: Sequence[IndexedBatch], position: Position, num_batches: int
     ) -> tuple[Tensor, list[str], list[float]]:
         """Forward and backward of `share`: the loss summed up, the items and their noise levels. Repeats exactly."""
-        total = torch.zeros((), device=self.engine.device)
+        self._total.zero_()
+        if self.flat:
+            self.flat.begin_step()
         names: list[str] = []
         levels: list[float] = []
         for item in share:
+            noising = self.objective.noise(item.batch.latents_BCFHW, position.epoch, item.index)
             # Dropout repeats on a resumed run and does not depend on how batches are shared out.
             torch.manual_seed(self.streams.seed("dropout", position.epoch, item.index))
             with self.guard.batch(item.batch):
-                loss = self.objective(item.batch, position.epoch, item.index)
-                scaled = loss.value / num_batches
-                (self.scaler.scale(scaled) if self.scaler else scaled).backward()
-            total += scaled.detach()
+                inputs = self.objective.inputs(item.batch, noising)
+                work = partial(self._pass, num_batches)
+                if self.replays:
+                    self.replays(work, inputs, bucket_name(item.batch), num_batches)
+                else:
+                    work(inputs)
             names += item.batch.names
-            levels += loss.t_B.tolist()
-        return total, names, levels
+            levels += noising.t_B.tolist()
+        return self._total, names, levels
+
+    def _pass(self, num_batches: int, inputs: Inputs) -> None:
+        """Forward and backward of one batch of `num_batches`. Where passes are replayed it leaves nothing behind."""
+        loss = self.objective.losses_of(inputs).mean() / num_batches
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+        self._total += loss.detach()
+        if self.flat:
+            self.flat.end_pass()
 
     def drop_gradients(self) -> None:
         """Forget what backward has left."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.flat:
             self.flat.drop()
+
+    def make_room(self) -> None:
+        """Give back, between steps, memory that only makes steps faster."""
+        if self.replays:
+            self.replays.release()
 
     def update(self, position: Position) -> None:
         """Apply the gradient that `measure` has left, at the learning rates of this step."""
@@ -142,6 +174,12 @@ class TrainingStep:
         else:
             self.optimizer.step()
         self.drop_gradients()
+        if self.replays:
+            self.replays.settle()
+
+    @property
+    def _num_replayed(self) -> int:
+        return self.replays.replayed if self.replays else 0
 
     def _clip(self) -> Tensor:
         limit = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")

@@ -12,7 +12,7 @@ generator is touched. One that fails is reported and training goes on.
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -107,7 +107,9 @@ class Validation:
         engine: Engine,
         metrics: Metrics,
         standing: ValidationStanding | None,
+        make_room: Callable[[], None] = lambda: None,
     ) -> None:
+        """`make_room` is called before anything is measured."""
         self.config = config
         self.samples = samples
         self.objective = objective
@@ -116,6 +118,7 @@ class Validation:
         self.optimizer = optimizer
         self.engine = engine
         self.metrics = metrics
+        self.make_room = make_room
         self.standing = standing
         """What was measured so far; saved with the state."""
 
@@ -196,6 +199,7 @@ class Validation:
     def _borrowed(self) -> Iterator[None]:
         """Model and optimizer as they are when a LoRA is used; afterwards as they were."""
         set_mode(self.optimizer, training=False)
+        self.make_room()
         try:
             # not inference mode: tables that a model builds and keeps here must serve training as well
             with torch.no_grad(), evaluating(self.network.model):

@@ -137,6 +137,6 @@ def test_a_driver_that_spills_is_a_reason(said: pytest.LogCaptureFixture, monkey
 
 def test_compiling_is_a_reason(said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     compilations = iter([*[0] * 8, 1])
-    monkeypatch.setattr(paces, "_compilations", lambda: next(compilations))
+    monkeypatch.setattr(paces, "compilations", lambda: next(compilations))
     slow(Walk())
     assert "were compiled" in said.messages[0]

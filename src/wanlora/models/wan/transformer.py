@@ -74,11 +74,11 @@ class WanTransformer(nn.Module):
             block.self_attn.kernel = kernel
             block.cross_attn.kernel = kernel
 
-    def forward(self, x_BCFHW: Tensor, timestep_B: Tensor, text: Sequence[Tensor]) -> Tensor:
+    def forward(self, x_BCFHW: Tensor, timestep_B: Tensor, text: Sequence[Tensor] | Tensor) -> Tensor:
         """Velocity [B, C, F, H, W] float32.
 
         `x_BCFHW` latents of any float dtype, H and W even; `timestep_B` on the 0..1000 scale, one per sample;
-        `text` B embeddings [T_i, text_dim], T_i at most `text_len`.
+        `text` B embeddings [T_i, text_dim], T_i at most `text_len`, or what `pad_text` makes of them.
         """
         latent = LatentShape(*x_BCFHW.shape[2:])
         x_BLD = self.patch_embedding(x_BCFHW.to(self.compute_dtype)).to(self.residual_dtype)
@@ -94,12 +94,15 @@ class WanTransformer(nn.Module):
         time_BD = self.time_embedding(sinusoid(timestep_B, self.sizes.freq_dim))
         return time_BD, self.time_projection(time_BD).unflatten(-1, (6, -1))
 
-    def embed_text(self, text: Sequence[Tensor], device: torch.device) -> Tensor:
-        """Text tokens [B, T, D] in the compute dtype, T at most `text_len`.
+    def pad_text(self, text: Sequence[Tensor], device: torch.device) -> Tensor:
+        """Embeddings [T_i, text_dim] with zeros below them, [B, T, text_dim] in the compute dtype.
 
         Wan was trained with zeros padded to `text_len` before the network, and the rows they become are attended to.
         Only as many of them are computed as are needed: they are all alike (`WanCrossAttention`).
         """
-        rows = text_rows(max(map(len, text)), self.sizes.text_len)
-        tokens: Tensor = self.text_embedding(pad_texts(text, rows, device, self.compute_dtype))
+        return pad_texts(text, text_rows(max(map(len, text)), self.sizes.text_len), device, self.compute_dtype)
+
+    def embed_text(self, text: Sequence[Tensor] | Tensor, device: torch.device) -> Tensor:
+        """Text tokens [B, T, D] in the compute dtype, T at most `text_len`, of embeddings or of padded ones."""
+        tokens: Tensor = self.text_embedding(text if isinstance(text, Tensor) else self.pad_text(text, device))
         return tokens

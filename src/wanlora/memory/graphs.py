@@ -1,0 +1,113 @@
+"""CUDA graphs of whole passes, and memory that they share with passes that are none.
+
+A forward and backward pass is thousands of kernels, and where each is small the host, which queues them one by one, is
+slower than the card. A graph is the list of them, recorded once and queued as one.
+
+What a graph computes with lies at fixed addresses. Memory of its own would be lost to all other passes, and large sizes
+need every byte. So there is one pool, and every pass, recorded or not, takes its memory from there: a graph's memory is
+free in the pool when the recording ends, other passes use it in between, and the graph writes over it again. That is
+sound under one condition, which whoever calls `run` and `record` must keep:
+
+    nothing that a pass allocates may be needed after the pass.
+
+Results are therefore added to tensors made before, outside; tables that a model keeps are made before, outside, and
+held by whoever holds the graph. Workspaces of libraries may lie in the pool, since their content matters only within a
+call, and so may the state of compilers, which are done before the pool is opened.
+
+Blocks of the allocator belong to a stream, so all passes run on one stream of their own, between waiting for the
+current stream and being waited for by it. `use_mem_pool` routes what one thread allocates, so backward stays in the
+calling thread. Until the first graph is recorded there is no pool, and passes run as if this module did not exist.
+"""
+
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+Work = Callable[[], None]
+
+
+class CardGraphs:
+    """Records and replays work on one card."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool: torch.cuda.MemPool | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether passes share a pool."""
+        return self._pool is not None
+
+    def mark(self) -> torch.cuda.Event:
+        """This moment on the card."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, began: torch.cuda.Event, ended: torch.cuda.Event) -> float:
+        """The card's time between two marks that it has passed."""
+        return began.elapsed_time(ended) / 1000
+
+    def run(self, work: Work) -> None:
+        """Queue `work`, from the pool if there is one."""
+        if self._pool is None:
+            work()
+            return
+        with self._beside(), torch.cuda.use_mem_pool(self._pool, self.device):
+            work()
+
+    def record(self, work: Work) -> torch.cuda.CUDAGraph:
+        """A graph of `work`, which is not computed. After an error the card is as if nothing had been tried."""
+        if self._pool is None:
+            self._stream = torch.cuda.Stream(self.device)
+            self._pool = torch.cuda.MemPool()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with self._beside():
+                pool: Any = self._pool.id
+                with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                    work()
+        except BaseException:
+            self._recover()
+            raise
+        return graph
+
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Queue what was recorded. Random numbers go on from where the card's generator stands."""
+        with self._beside():
+            graph.replay()
+
+    def close(self, graphs: Iterable[torch.cuda.CUDAGraph]) -> None:
+        """Give the pool back, with all graphs that were recorded in it."""
+        if self._pool is None:
+            return
+        torch.cuda.synchronize(self.device)
+        for graph in graphs:
+            graph.reset()
+        self._pool = self._stream = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """On the passes' own stream, backward in this thread."""
+        assert self._stream is not None
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream), torch.autograd.set_multithreading_enabled(False):
+                yield
+        finally:
+            current.wait_stream(self._stream)
+
+    def _recover(self) -> None:
+        """End what a recording that failed has left begun: the routing of memory and the generator's recording."""
+        assert self._pool is not None
+        with suppress(RuntimeError):  # it had been ended
+            torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool.id)
+        generator = torch.cuda.default_generators[self.device.index or 0]
+        generator.graphsafe_set_state(torch.Generator(self.device).graphsafe_get_state())
