@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.training.parts import CPU, PIXELS, Velocity, batch, indexed, objective, step_of
+from wanlora.config.train import MemoryConfig, NetworkConfig, OptimizerConfig, TrainConfig
 from wanlora.data.dataset import Batch
 from wanlora.foundation.shapes import LatentShape
 from wanlora.memory.checkpointing import Recompute
@@ -18,6 +20,7 @@ from wanlora.training import graphs
 from wanlora.training.graphs import Replays
 from wanlora.training.guard import MemoryGuard
 from wanlora.training.position import Position
+from wanlora.training.run import choose_replays
 from wanlora.training.step import IndexedBatch, StepReport, TrainingStep
 
 AT_ONCE, BEHIND = 0.101, 0.15
@@ -249,3 +252,35 @@ def test_tables_of_the_model_are_made_before_the_pass() -> None:
     run = Run()
     run.replayed(range(4))
     assert run.model.tables == [LatentShape.of(PIXELS)] * 4
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "flat", "reason"),
+    [
+        (TrainConfig(), torch.bfloat16, True, None),
+        (TrainConfig(optimizer=OptimizerConfig(optimizer_type="muon")), torch.bfloat16, False, "--optimizer_type muon"),
+        (TrainConfig(), torch.float16, True, "float16"),
+        (TrainConfig(network=NetworkConfig(network_args=("module_dropout=0.1",))), torch.bfloat16, True, "by the host"),
+        (TrainConfig(memory=MemoryConfig(compile_mode="reduce-overhead")), torch.bfloat16, True, "--compile_mode"),
+    ],
+)
+def test_what_stands_against_replays_is_said(
+    config: TrainConfig, dtype: torch.dtype, flat: bool, reason: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    trainee: Any = SimpleNamespace(dtype=dtype, model=Padded(), recompute=Recompute([]), keeping=Keeping(0, 0))
+    vectors = step_of(Padded(), flat=True).flat if flat else None
+    made = choose_replays(config, trainee, vectors, torch.device("cuda", 0))
+    assert (made is None) == (reason is not None)
+    assert reason is None or reason in caplog.text
+
+
+def test_without_a_card_or_with_the_flag_off_nothing_is_replayed_and_nothing_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    trainee: Any = SimpleNamespace(dtype=torch.bfloat16)
+    off = TrainConfig(memory=MemoryConfig(cuda_graphs="off"))
+    assert choose_replays(TrainConfig(), trainee, None, CPU) is None
+    assert choose_replays(off, trainee, None, torch.device("cuda", 0)) is None
+    assert caplog.text == ""
