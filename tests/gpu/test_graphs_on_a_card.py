@@ -185,7 +185,7 @@ def test_graphs_and_other_passes_share_their_memory(recorded_at_once: None, monk
     run.take([LARGE, medium, LARGE, medium])
     assert run.replays.replayed == 3
     assert torch.cuda.max_memory_allocated() < allocated + 8 * MIB
-    assert torch.cuda.max_memory_reserved() < reserved + 64 * MIB
+    assert torch.cuda.max_memory_reserved() < reserved + 96 * MIB  # 64 are workspaces of cuBLAS for another stream
 
 
 def test_everything_is_given_back_and_recorded_anew(recorded_at_once: None) -> None:
@@ -198,6 +198,11 @@ def test_everything_is_given_back_and_recorded_anew(recorded_at_once: None) -> N
     assert torch.cuda.memory_reserved() < torch.cuda.memory_allocated() + 64 * MIB
     assert_same(run, plain, [LARGE] * 2)
     assert run.replays.replayed == 5
+    held = torch.cuda.memory_allocated()
+    for _ in range(3):
+        run.step.make_room()
+        assert_same(run, plain, [LARGE])
+    assert torch.cuda.memory_allocated() < held + 8 * MIB
 
 
 def fails_when_recorded(losses_of: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:

@@ -1,7 +1,7 @@
 """Which passes are replayed as CUDA graphs: those that the card could do faster than the host can queue them.
 
-Small sizes leave the card waiting: 768x416x1 takes the host three times as long to queue as the card to compute. Every
-pass is therefore timed twice, on the host while it is queued and on the card from its first kernel to its last. A card
+Small sizes leave the card waiting for the host, which queues thousands of kernels one by one. Every pass is therefore
+timed twice, on the host while it is queued and on the card from its first kernel to its last. A card
 that is done as soon as the last kernel is queued has been waiting for the host. A size of which that was seen twice in
 a row, with nothing recomputed and nothing compiled, is recorded (`memory/graphs.py`) and replayed from then on. Large
 sizes never are: there the card is behind, by a tenth of the pass or more.
@@ -10,8 +10,9 @@ The numbers are those of the pass that was recorded. Inputs are copied into the 
 to tensors outside of it; dropout draws from the generator that is seeded before each pass, replayed or not.
 
 Memory: see `memory/graphs.py`. What is computed between passes finds no memory in the passes' pool, so the pool leaves
-it as much as it was seen to take (`Keeping.aside`). Previews and validation, and passes that run out of memory, get all
-of it back; sizes that were recorded are recorded anew when they come again.
+it as much as it was seen to take, and as much as graphs take outside of the allocator (`Keeping.aside`). Previews and
+validation, and passes that run out of memory, get all of it back; sizes that were recorded are recorded anew when they
+come again.
 """
 
 import time
@@ -37,8 +38,8 @@ from wanlora.training.pace import compilations
 Pass = Callable[[Inputs], None]
 """Forward and backward of one batch; adds its loss to a tensor that was there before and leaves gradients."""
 
-MOST = 16
-"""So many graphs are held at most: one of a 14B model takes some ten MB of the card outside of the allocator."""
+MOST = 8
+"""So many graphs are held at most: the first of a 14B model takes 86 MiB of the card outside of the allocator."""
 _SIGHTINGS = 2
 """A size is recorded after so many passes in a row in which the card waited."""
 _BEHIND = 0.05
@@ -140,7 +141,7 @@ class Replays:
         """The step is done, and the card has passed its marks: judge what was watched."""
         if self.keeping.meter:
             self._aside = max(self._aside, self.keeping.meter.peak() - self.keeping.meter.allocated())
-        self.keeping.aside = self._aside if self.card.is_open else 0
+        self.keeping.aside = self._aside + self.card.outside if self.card.is_open else 0
         for seen in self._watched:
             taken = self.card.seconds(seen.began, seen.ended)
             waited = seen.settled and taken - seen.seconds < _BEHIND * taken

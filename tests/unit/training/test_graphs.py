@@ -35,6 +35,7 @@ class Card:
     """The card's seconds by the number of a pass that was queued; `AT_ONCE` otherwise."""
     fails: bool = False
     is_open: bool = False
+    outside: int = 5
     queued: int = 0
     recorded: int = 0
     closed: int = 0
@@ -223,7 +224,7 @@ def test_memory_that_runs_out_ends_the_replays_first(caplog: pytest.LogCaptureFi
     assert run.replayed([1]) == [False]
 
 
-def test_what_updates_take_is_left_to_them_while_there_is_a_pool() -> None:
+def test_what_updates_take_and_what_graphs_take_elsewhere_is_left_to_them_while_there_is_a_pool() -> None:
     class Meter:
         """An update takes 70 bytes."""
 
@@ -243,7 +244,7 @@ def test_what_updates_take_is_left_to_them_while_there_is_a_pool() -> None:
     for number in range(4):
         run.take(indexed([number]))
         asides.append(run.keeping.aside)
-    assert asides == [0, 0, 70, 70]
+    assert asides == [0, 0, 75, 75]
     run.step.make_room()
     assert run.keeping.aside == 0
 
