@@ -1,8 +1,8 @@
 """Which passes are replayed as CUDA graphs: those that the card could do faster than the host can queue them.
 
 Small sizes leave the card waiting for the host, which queues thousands of kernels one by one. Every pass is therefore
-timed twice, on the host while it is queued and on the card from its first kernel to its last. A card
-that is done as soon as the last kernel is queued has been waiting for the host. A size of which that was seen twice in
+timed twice, on the host while it is queued and on the card from its first kernel to its last. A card that
+is done as soon as the last kernel is queued has been waiting for the host. A size of which that was seen twice in
 a row, with nothing recomputed and nothing compiled, is recorded (`memory/graphs.py`) and replayed from then on. Large
 sizes never are: there the card is behind, by a tenth of the pass or more.
 
@@ -25,12 +25,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from wanlora.config.train import TrainConfig
 from wanlora.foundation.log import say_once, warn_once
 from wanlora.foundation.shapes import LatentShape
 from wanlora.memory.checkpointing import Recompute
 from wanlora.memory.graphs import CardGraphs
 from wanlora.memory.keeping import Keeping
 from wanlora.models.wan.rope import RopeTables
+from wanlora.training.build import Trainee
 from wanlora.training.flat import FlatGroups
 from wanlora.training.objective import Inputs
 from wanlora.training.pace import compilations
@@ -193,3 +195,23 @@ class Replays:
         self._watched.append(
             _Watched(key, began, ended, seconds, before == (self.recompute.recomputed, compilations()))
         )
+
+
+def choose_replays(
+    config: TrainConfig, trainee: Trainee, flat: FlatGroups | None, device: torch.device
+) -> Replays | None:
+    """What replays passes as CUDA graphs, where that is wanted and possible."""
+    if device.type != "cuda" or config.memory.cuda_graphs == "off":
+        return None
+    mode = config.memory.compile_mode
+    obstacles = {
+        f"--optimizer_type {config.optimizer.optimizer_type} is given its gradients matrix by matrix": flat is None,
+        "float16 changes its loss scale while running": trainee.dtype is torch.float16,
+        "module_dropout is drawn by the host": bool(config.network.args.module_dropout),
+        f"--compile_mode {mode} may make graphs of its own": mode not in ("default", "max-autotune-no-cudagraphs"),
+    }
+    found = [reason for reason, holds in obstacles.items() if holds]
+    if flat is None or found:
+        say_once(f"no pass is replayed as a CUDA graph, small sizes are slower for it: {'; '.join(found)}")
+        return None
+    return Replays(CardGraphs(device), flat, trainee.model, trainee.recompute, trainee.keeping)

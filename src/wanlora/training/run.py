@@ -13,9 +13,8 @@ from wanlora.diffusion.weighting import LOSS_WEIGHTINGS
 from wanlora.foundation.dtypes import parse_dtype
 from wanlora.foundation.errors import MemoryPlanError
 from wanlora.foundation.laps import start
-from wanlora.foundation.log import log, say_once
+from wanlora.foundation.log import log
 from wanlora.foundation.random import Streams
-from wanlora.memory.graphs import CardGraphs
 from wanlora.memory.limit import CardLimit, limit_card
 from wanlora.memory.measure import MemorySettings, explain_out_of_memory, is_out_of_memory, memory_figures
 from wanlora.models.wan.vae import load_vae
@@ -29,7 +28,7 @@ from wanlora.training.engine import Engine
 from wanlora.training.flat import FlatGroups
 from wanlora.training.forecast import Forecast, PeakForecast, TimeForecast, sizes_of_epoch
 from wanlora.training.fp8_check import check_fp8_maths, sample_batches
-from wanlora.training.graphs import Replays
+from wanlora.training.graphs import choose_replays
 from wanlora.training.guard import MemoryGuard, describe
 from wanlora.training.interrupts import Interrupts
 from wanlora.training.loop import Feed, Trainer
@@ -371,26 +370,6 @@ class Run:
         )
         figures = guard.figures or memory_figures(self.engine.device)
         return explain_out_of_memory(figures, settings, bucket=describe(guard.working), clips=guard.working.names)
-
-
-def choose_replays(
-    config: TrainConfig, trainee: Trainee, flat: FlatGroups | None, device: torch.device
-) -> Replays | None:
-    """What replays passes as CUDA graphs, where that is wanted and possible."""
-    if device.type != "cuda" or config.memory.cuda_graphs == "off":
-        return None
-    mode = config.memory.compile_mode
-    obstacles = {
-        f"--optimizer_type {config.optimizer.optimizer_type} is given its gradients matrix by matrix": flat is None,
-        "float16 changes its loss scale while running": trainee.dtype is torch.float16,
-        "module_dropout is drawn by the host": bool(config.network.args.module_dropout),
-        f"--compile_mode {mode} may make graphs of its own": mode not in ("default", "max-autotune-no-cudagraphs"),
-    }
-    found = [reason for reason, holds in obstacles.items() if holds]
-    if flat is None or found:
-        say_once(f"no pass is replayed as a CUDA graph, small sizes are slower for it: {'; '.join(found)}")
-        return None
-    return Replays(CardGraphs(device), flat, trainee.model, trainee.recompute, trainee.keeping)
 
 
 def set_backends(config: RunConfig) -> None:

@@ -17,10 +17,9 @@ from wanlora.foundation.shapes import LatentShape
 from wanlora.memory.checkpointing import Recompute
 from wanlora.memory.keeping import Keeping
 from wanlora.training import graphs
-from wanlora.training.graphs import Replays
+from wanlora.training.graphs import Replays, choose_replays
 from wanlora.training.guard import MemoryGuard
 from wanlora.training.position import Position
-from wanlora.training.run import choose_replays
 from wanlora.training.step import IndexedBatch, StepReport, TrainingStep
 
 AT_ONCE, BEHIND = 0.101, 0.15
