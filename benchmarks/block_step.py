@@ -34,8 +34,9 @@ from wanlora.models.wan.blocks import WanBlock
 from wanlora.models.wan.layers import text_rows
 from wanlora.models.wan.rope import rope_table
 from wanlora.models.wan.spec import WanSizes
-from wanlora.quantization.fast_linear import FastFp8Linear
+from wanlora.quantization.fast_linear import FastFp8Linear, fast_layers
 from wanlora.quantization.linear import Fp8Linear
+from wanlora.quantization.transposed import TransposedWeights
 
 KINDS = ("matmul", "adapter", "attention", "dequantise", "pointwise", "copy", "other")
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_mm"}
@@ -76,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     geometry = GEOMETRIES[options.geometry]
     kind = None if options.bf16 else FastFp8Linear if options.fp8_fast else Fp8Linear
     block = make_block(geometry.sizes, device, rank=options.rank, kind=kind)
+    if options.transposed:
+        TransposedWeights(fast_layers(block).values()).keep()
     if not options.eager:
         compile_blocks([block])
     dtype = torch.bfloat16 if options.residual == "bfloat16" else torch.float32
@@ -101,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, default=32, help="rank of the adapters")
     parser.add_argument("--bf16", action="store_true", help="weights in bf16 instead of fp8")
     parser.add_argument("--fp8_fast", action="store_true", help="multiply in fp8 as well")
+    parser.add_argument("--transposed", action="store_true", help="with --fp8_fast: keep the weights transposed, too")
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--residual", choices=("float32", "bfloat16"), default="float32", help="the residual stream")
     parser.add_argument("--repeats", type=int, default=10, help="blocks in a row that are timed as one")
@@ -301,6 +305,7 @@ def _conditions(options: argparse.Namespace, device: torch.device) -> dict[str, 
         "rank": options.rank,
         "weights": "bfloat16" if options.bf16 else "fp8",
         "fp8_maths": options.fp8_fast,
+        "transposed": options.transposed,
         "compiled": not options.eager,
         "residual": options.residual,
         "text_tokens": TEXT_TOKENS,

@@ -238,6 +238,13 @@ def _memory(config: TrainConfig, given: Given, problems: Problems) -> None:
         _without_effect(given, ("quantized_cache",), "without --fp8_base or --fp8_scaled: only fp8 weights are kept")
     if memory.fp8_fast and memory.fp8_mode is None:
         problems.add("--fp8_fast multiplies weights that are in fp8: add --fp8_scaled")
+    if not memory.fp8_fast:
+        _without_effect(given, ("fp8_fast_transposed",), "without --fp8_fast")
+    elif memory.fp8_fast_transposed == "on" and memory.num_swapped:
+        problems.add(
+            f"--fp8_fast_transposed on keeps a second copy of the weights on the GPU, --blocks_to_swap "
+            f"{memory.num_swapped} takes the first away; remove one of them"
+        )
     if not memory.blocks_to_swap:
         names = ("use_pinned_memory_for_block_swap", "block_swap_h2d_only", "block_swap_ring_size")
         _without_effect(given, names, "without --blocks_to_swap")

@@ -273,6 +273,9 @@ class MemoryConfig(Checked):
     """Folder in which the fp8 weights are kept, about half the size of the model: the next start reads those."""
     fp8_fast: bool = False
     """Multiply in fp8 as well, on cards that can; with --fp8_scaled. Its error is measured on the data and printed."""
+    fp8_fast_transposed: Literal["auto", "on", "off"] = "auto"
+    """Keep a second, transposed copy of the weights for --fp8_fast: faster steps for as much memory again as the
+    weights take; auto: where every size fits beside it with nothing recomputed and no block is swapped."""
     blocks_to_swap: CountOrZero | Literal["auto"] | None = None
     """How many transformer blocks' memory is freed: they stay in system memory and are copied when they are due; auto:
     as few as are foretold to suffice."""

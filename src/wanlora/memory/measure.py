@@ -112,6 +112,8 @@ class MemorySettings:
     """Blocks that were not recomputed when memory ran out."""
     retried: bool = False
     """Everything that can be changed while running was changed before."""
+    transposed: bool = False
+    """The weights were there transposed as well."""
     limited: bool = False
     """The run may not take all that is free."""
 
@@ -144,6 +146,8 @@ def _cures(figures: MemoryFigures, settings: MemorySettings) -> list[str]:
         cures.append("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment (Linux; fewer fragments)")
     if settings.limited:
         cures.append("a higher --vram_limit, or none")
+    if settings.transposed:
+        cures.append("--fp8_fast_transposed off (no second copy of the weights)")
     if not settings.gradient_checkpointing:
         cures.append("--gradient_checkpointing")
     elif settings.num_kept:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from wanlora.memory.cards import Card, step_seconds
 from wanlora.memory.flops import Flops, step_flops
 from wanlora.memory.footprint import BlockMaths, kept_block, recomputed_block, step_peak, workspace
-from wanlora.memory.resting import WeightFormats, block_weights, linear_sizes, outer_weights
+from wanlora.memory.resting import WeightFormats, block_weights, linear_sizes, outer_weights, transposed_weights
 
 _OFFLOADED_INPUTS = 2
 """Block inputs that are on the card at a time when they are kept on the host."""
@@ -50,6 +50,9 @@ class Outlook:
     accumulates: bool = False
     """Gradients of several batches are added up."""
     fp8_products: bool = False
+    """Blocks multiply in fp8."""
+    transposed: bool = False
+    """Their weights are there transposed as well, unless blocks are swapped."""
 
     @property
     def num_blocks(self) -> int:
@@ -71,11 +74,17 @@ class Outlook:
         """Bytes of system memory that streamed blocks take, page-locked."""
         return self.streamed * block_weights(self.maths.sizes, self.formats)
 
+    @property
+    def transposed_bytes(self) -> int:
+        """Bytes that transposed weights take."""
+        return self.num_blocks * transposed_weights(self.maths.sizes) if self.transposed and not self.streamed else 0
+
     def resting(self) -> dict[str, int]:
         """Bytes on the card between steps, by what holds them."""
         sizes, block = self.maths.sizes, block_weights(self.maths.sizes, self.formats)
         return {
             "weights": (self.num_blocks - self.streamed) * block + outer_weights(sizes, self.formats),
+            "transposed weights": self.transposed_bytes,
             "buffers of swapped blocks": min(self.ring, self.streamed) * block,
             "LoRA": 4 * self.trained,
             "optimizer": round(self.state_bytes * self.trained),
@@ -191,8 +200,12 @@ def cures(outlook: Outlook, loads: Iterable[Load], room: int) -> dict[str, Outlo
 def _changes(outlook: Outlook) -> Mapping[str, Outlook]:
     """What may be changed, alone and together, by the flags to type."""
     changes = {"": outlook}
+    if outlook.transposed:
+        outlook = replace(outlook, transposed=False)
+        changes = {"--fp8_fast_transposed off": outlook}
     if not outlook.recompute:
-        changes["--gradient_checkpointing"] = replace(outlook, recompute=True)
+        flags = next(iter(changes))
+        changes[f"{flags} --gradient_checkpointing".strip()] = replace(outlook, recompute=True)
     if not outlook.maths.fp8:
         maths, formats = replace(outlook.maths, fp8=True), replace(outlook.formats, fp8=True)
         for flags, changed in list(changes.items()):

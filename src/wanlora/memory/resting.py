@@ -58,6 +58,11 @@ def outer_weights(sizes: WanSizes, formats: WeightFormats) -> int:
     return embeddings * formats.compute.itemsize + matrices * island + 4 * (8 * dim + head + 2 * dim)
 
 
+def transposed_weights(sizes: WanSizes) -> int:
+    """Bytes of one block's fp8 matrices a second time, transposed."""
+    return sum(out * into for out, into in linear_sizes(sizes).values())
+
+
 def adapter_parameters(sizes: WanSizes, rank: int) -> int:
     """Trained numbers of one block whose linear layers all have an adapter of `rank`."""
     return sum(rank * (out + into) for out, into in linear_sizes(sizes).values())

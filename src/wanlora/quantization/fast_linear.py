@@ -10,11 +10,12 @@ multiplied into the gradient before that is quantised:
     dx = g W = (g s) W8
 
 Cards multiply 8-bit matrices only if both lie along the summed side, so W8 is transposed for backward, where it is used
-and for as long as it is used: one pass over a byte per weight, about 10 ms of a training step of the 14B model. Keeping
-the transposed weights instead would take the memory of a second model.
+and for as long as it is used: one pass over a byte per weight, about 10 ms of a training step of the 14B model. A layer
+that has `across`, the same numbers transposed, reads those instead; they take as much memory as the weight
+(`transposed.py`).
 
-Nothing is saved but the weight and its scales, which backward reads where they are by then (see `linear.py`). With
-`kernel` None a layer computes as `Fp8Linear` does, on the same weight.
+Nothing is saved but the weight, or `across` in its place, and the scales, which backward reads where they are by then
+(see `linear.py`). With `kernel` None a layer computes as `Fp8Linear` does, on the same weight.
 """
 
 from collections.abc import Iterable, Iterator
@@ -38,8 +39,12 @@ def output(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kernel
 
 def input_gradient(grad: Tensor, weight: Tensor, scale: Tensor, kernel: Kernel) -> Tensor:
     """The gradient of x [..., in] from that of the output [..., out]."""
+    return _gradient_across(grad, weight.t().contiguous(), scale, kernel)
+
+
+def _gradient_across(grad: Tensor, across: Tensor, scale: Tensor, kernel: Kernel) -> Tensor:
+    """`input_gradient` for a weight that lies transposed, [in, out]."""
     grad8, scale_grad = quantize_rows(grad.flatten(0, -2).float() * scale.flatten())
-    across = weight.t().contiguous()
     ones = torch.ones(across.shape[0], device=grad.device)
     out = scaled_matmul(grad8, scale_grad, across, ones, None, dtype=grad.dtype, kernel=kernel)
     return out.unflatten(0, grad.shape[:-1])
@@ -49,15 +54,18 @@ class _ScaledLinear(torch.autograd.Function):
     """y = x W^T + b and dx = g W in eight bits; W = weight * scale with one scale per row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kernel: Kernel) -> Tensor:
-        ctx.save_for_backward(weight, scale)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, across: Tensor | None, kernel: Kernel
+    ) -> Tensor:
+        ctx.save_for_backward(weight if across is None else across, scale)
         ctx.kernel = kernel
+        ctx.gradient = input_gradient if across is None else _gradient_across
         return output(x, weight, scale, bias, kernel)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         weight, scale = ctx.saved_tensors
-        return input_gradient(grad, weight, scale, ctx.kernel), None, None, None, None
+        return ctx.gradient(grad, weight, scale, ctx.kernel), None, None, None, None, None
 
 
 class FastFp8Linear(Fp8Linear):
@@ -65,6 +73,7 @@ class FastFp8Linear(Fp8Linear):
 
     `weight` e4m3 [out, in], both multiples of 16; `scale` float32 [out, 1, 1]; `bias` [out] in the compute dtype, or
     None. `kernel` says how (see `scaled_matmul.py`); None turns fp8 maths off and the weight is widened instead.
+    `across` is the weight transposed, e4m3 [in, out], once `transpose` has been called; no file holds it.
     """
 
     def __init__(
@@ -82,6 +91,8 @@ class FastFp8Linear(Fp8Linear):
             raise ValueError(f"fp8 maths want one scale for each output, not a scale of shape {tuple(scale.shape)}")
         super().__init__(weight, scale, bias, compute_dtype=compute_dtype)
         self.kernel = kernel
+        self.across: Tensor | None
+        self.register_buffer("across", None, persistent=False)
 
     @classmethod
     def quantized(
@@ -99,8 +110,12 @@ class FastFp8Linear(Fp8Linear):
         """x [..., in] to [..., out]."""
         if self.kernel is None:
             return super().forward(x)
-        out: Tensor = _ScaledLinear.apply(x, self.weight, self.scale, self.bias, self.kernel)
+        out: Tensor = _ScaledLinear.apply(x, self.weight, self.scale, self.bias, self.across, self.kernel)
         return out
+
+    def transpose(self) -> None:
+        """Let backward read the weight transposed from now on, in as much memory again."""
+        self.across = self.weight.detach().t().contiguous()
 
 
 def fast_layers(model: nn.Module) -> dict[str, FastFp8Linear]:

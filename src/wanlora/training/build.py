@@ -25,14 +25,16 @@ from wanlora.memory.checkpointing import Recompute
 from wanlora.memory.compile import compile_blocks, importing_compiler, missing_compiler
 from wanlora.memory.keeping import Keeping
 from wanlora.memory.limit import CardLimit
-from wanlora.memory.measure import GIB, CudaMeter
+from wanlora.memory.measure import GIB, CudaMeter, is_out_of_memory
 from wanlora.memory.placement import RestingPlace, streamed_indexes
 from wanlora.memory.streaming import BlockStream
 from wanlora.models.wan.checkpoint import load_transformer
 from wanlora.models.wan.transformer import WanTransformer
+from wanlora.quantization.fast_linear import fast_layers
 from wanlora.quantization.installer import Fp8Installer, Mode
 from wanlora.quantization.kept import KeptCopy
 from wanlora.quantization.scaled_matmul import missing_fp8_maths
+from wanlora.quantization.transposed import TransposedWeights
 from wanlora.training.engine import compute_dtype
 from wanlora.training.prepare import Prepared
 
@@ -118,6 +120,23 @@ def fp8_weights(config: MemoryConfig, device: torch.device) -> Mode | None:
         return "rows"
     warn_once(f"--fp8_fast: {missing}; weights are kept in fp8 and multiplied in the model's own number format")
     return config.fp8_mode
+
+
+def keep_transposed(config: MemoryConfig, model: WanTransformer) -> TransposedWeights:
+    """Transpose the weights of layers that multiply in fp8, if that was decided and the card has room after all.
+
+    To be called when it is certain which layers those are.
+    """
+    made = TransposedWeights(fast_layers(model).values())
+    if config.fp8_fast_transposed != "on":
+        return made
+    try:
+        made.keep()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        log.warning("the card has too little memory left for transposed weights; steps take a little longer without")
+    return made
 
 
 def _load(

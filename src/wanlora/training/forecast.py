@@ -8,7 +8,7 @@ size counts for nothing there: it may have been compiled.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from wanlora.data.order import fixed_batches
@@ -56,6 +56,8 @@ class Measured:
     """Blocks that kept what they computed in the last batch."""
     streamed: int = 0
     """Blocks that were streamed."""
+    transposed: bool = False
+    """There were transposed weights."""
 
 
 Forecast = Callable[[Measured, int], None]
@@ -82,7 +84,8 @@ class PeakForecast:
         size = step.sizes[0] if len(step.sizes) == 1 else None
         if first or step.peak is None or size not in self.missing or step.streamed != self.outlook.streamed:
             return
-        foretold = self.outlook.peak(size.load, step.kept) / GIB
+        outlook = replace(self.outlook, transposed=step.transposed)
+        foretold = outlook.peak(size.load, step.kept) / GIB
         line = f"{size}, foretold {foretold:.1f} GiB, measured {step.peak:.1f}"
         self._worst = max(self._worst, (abs(foretold / step.peak - 1), line))
         self.missing.discard(size)

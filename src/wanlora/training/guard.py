@@ -2,10 +2,10 @@
 
 Every forward and backward pass of a step runs under the guard. It measures what the pass needed (`memory/keeping.py`
 decides by that how many blocks are recomputed), and when memory runs out it makes room and runs the passes of the step
-again from the beginning: first with everything recomputed, then with more blocks streamed from the host. What the
-failed attempt left is dropped, and dropout repeats, so the run is the same as if nothing had happened, and it goes on
-with the room it has made. Processes of a run on several cards do this each for itself: it ends before they exchange
-gradients.
+again from the beginning: first without the transposed copies of fp8 weights, if there are any, then with everything
+recomputed, then with more blocks streamed from the host. What the failed attempt left is dropped, and dropout repeats,
+so the run is the same as if nothing had happened, and it goes on with the room it has made. Processes of a run on
+several cards do this each for itself: it ends before they exchange gradients.
 """
 
 import gc
@@ -26,6 +26,7 @@ from wanlora.memory.keeping import Keeping
 from wanlora.memory.masters import frozen_tensors
 from wanlora.memory.measure import GIB, MemoryFigures, is_out_of_memory, memory_figures
 from wanlora.memory.streaming import BlockStream
+from wanlora.quantization.transposed import TransposedWeights
 
 Result = TypeVar("Result")
 Relief = Callable[[], None]
@@ -76,6 +77,8 @@ class MemoryGuard:
         self.retry = retry
         self.spare: Spare | None = None
         """Given back before anything else is done."""
+        self.transposed = TransposedWeights(())
+        """Copies that are dropped before anything is done that costs more."""
         self.working = Working(bucket="the model")
         self.figures: MemoryFigures | None = None
         """As they were when memory ran out and nothing was left to be done."""
@@ -121,6 +124,8 @@ class MemoryGuard:
 
     def _relief(self) -> Relief | None:
         """The cheapest way to make room that is left."""
+        if self.transposed.are_kept:
+            return self._drop_transposed
         given_up = self.keeping.give_up()
         if given_up:
             return partial(self._say, f"{given_up} blocks that kept what they computed are recomputed")
@@ -131,6 +136,11 @@ class MemoryGuard:
         if not stream.streamed_indexes:
             count += stream.wanted_ring  # so many buffers on the card come with the first streamed blocks
         return partial(self._stream_more, stream, recompute, count) if host_can_take(stream, count) else None
+
+    def _drop_transposed(self) -> None:
+        size = self.transposed.num_bytes / GIB
+        self.transposed.drop()
+        self._say(f"weights are transposed where backward needs them, which frees {size:.1f} GiB,")
 
     def _stream_more(self, stream: BlockStream, recompute: Recompute, count: int) -> None:
         more = stream.stream_more(count)

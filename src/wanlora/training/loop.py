@@ -156,6 +156,7 @@ class Trainer:
             peak=taken.get("memory/peak_gib"),
             kept=self.step.guard.num_kept,
             streamed=len(stream.streamed_indexes) if stream else 0,
+            transposed=self.step.guard.transposed.are_kept,
         )
         for forecast in self.forecasts:
             forecast(measured, self.total_steps - self.position.step)

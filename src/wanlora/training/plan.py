@@ -139,7 +139,7 @@ def make_plan(config: TrainConfig, prepared: Prepared, target: Target, *, dtype:
 
 
 def make_outlook(config: TrainConfig, prepared: Prepared, target: Target, *, dtype: torch.dtype) -> Outlook:
-    """The settings of a run as memory and time depend on them; `auto` swaps nothing yet."""
+    """The settings of a run as memory and time depend on them; `auto` swaps and transposes nothing yet."""
     memory, file = config.memory, prepared.transformer
     ranks = prepared.ranks or dict.fromkeys(prepared.targets, config.network.rank)
     sizes = {target: linear_sizes(file.sizes)[target.split(".", 2)[2]] for target in prepared.targets}
@@ -166,6 +166,7 @@ def make_outlook(config: TrainConfig, prepared: Prepared, target: Target, *, dty
         offload=memory.gradient_checkpointing_cpu_offload and memory.gradient_checkpointing,
         accumulates=config.run.gradient_accumulation_steps > 1,
         fp8_products=target.fp8 == "rows",
+        transposed=target.fp8 == "rows" and memory.fp8_fast_transposed == "on",
     )
 
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -16,7 +17,7 @@ from wanlora.memory.cards import Card, detect_card, find_card
 from wanlora.memory.host import available_host_memory
 from wanlora.memory.limit import default_reserve
 from wanlora.memory.measure import GIB
-from wanlora.memory.outlook import fewest_swapped
+from wanlora.memory.outlook import fewest_swapped, fits
 from wanlora.training.announce import run_length
 from wanlora.training.build import fp8_weights, wants_compile
 from wanlora.training.engine import compute_dtype
@@ -70,10 +71,39 @@ def present_target(config: TrainConfig) -> Target:
 
 
 def settle(config: TrainConfig, prepared: Prepared, target: Target) -> TrainConfig:
-    """The settings with a number in place of `--blocks_to_swap auto`: the smallest with which every size fits."""
-    if config.memory.blocks_to_swap != AUTO:
+    """The settings without `auto`: the smallest number of swapped blocks with which every size fits, and whether
+    weights are kept transposed for fp8 maths. What was decided is said."""
+    if config.memory.blocks_to_swap == AUTO:
+        config = replace(config, memory=replace(config.memory, blocks_to_swap=_fewest(config, prepared, target)))
+    if target.fp8 != "rows" or config.memory.fp8_fast_transposed == "off":
         return config
-    return replace(config, memory=replace(config.memory, blocks_to_swap=_fewest(config, prepared, target)))
+    transposed: Literal["on", "off"] = "on" if _transposes(config, prepared, target) else "off"
+    return replace(config, memory=replace(config.memory, fp8_fast_transposed=transposed))
+
+
+def _transposes(config: TrainConfig, prepared: Prepared, target: Target) -> bool:
+    asked = config.memory.fp8_fast_transposed
+    outlook = make_outlook(config, prepared, target, dtype=_dtype(config, prepared))
+    if outlook.streamed:
+        if asked == "on":
+            log.warning(f"--fp8_fast_transposed on: not done, because {outlook.swapped} blocks are swapped")
+        return False
+    outlook = replace(outlook, transposed=True)
+    size = f"{outlook.transposed_bytes / GIB:.1f} GiB"
+    if asked == "on":
+        log.info(f"--fp8_fast_transposed on: weights are kept transposed as well, {size}")
+        return True
+    if target.room is None:
+        return False
+    everything, loads = replace(outlook, recompute=False), loads_of(prepared.plan)
+    besides = drawing_bytes(config.model, prepared, outlook)
+    room = fits(everything, loads, target.room, besides=besides)
+    needs = max(*map(everything.peak, loads), sum(everything.resting().values()) + besides) / GIB
+    log.info(
+        f"--fp8_fast_transposed auto: weights are {'' if room else 'not '}kept transposed as well, {size}; "
+        f"with nothing recomputed {needs:.1f} of {target.room / GIB:.1f} GiB would be needed"
+    )
+    return room
 
 
 def _fewest(config: TrainConfig, prepared: Prepared, target: Target) -> int:

@@ -21,7 +21,7 @@ from wanlora.models.wan.vae import load_vae
 from wanlora.quantization.fast_linear import fast_layers
 from wanlora.training.after_step import AfterStep
 from wanlora.training.announce import announce, show_timesteps
-from wanlora.training.build import Trainee, build_trainee
+from wanlora.training.build import Trainee, build_trainee, keep_transposed
 from wanlora.training.checkpoints import Checkpoints
 from wanlora.training.conditioning import encode_texts
 from wanlora.training.engine import Engine
@@ -134,6 +134,8 @@ class Run:
             batches = sample_batches(self.prepared.plan, self._order(0))
             check_fp8_maths(trainee, step.objective, batches, self.engine)
             start.lap("fp8 check")
+            self.guard.transposed = keep_transposed(self.config.memory, trainee.model)
+            start.lap("transposed weights")
         trainer = self._trainer(trainee, step, materials)
         start.lap("logs and loader")
         return trainer
@@ -366,6 +368,7 @@ class Run:
             num_blocks=self.prepared.transformer.sizes.num_layers,
             num_kept=guard.num_kept,
             retried=memory.on_oom == "retry",
+            transposed=guard.transposed.are_kept,
             limited=memory.vram_limit is not None,
         )
         figures = guard.figures or memory_figures(self.engine.device)

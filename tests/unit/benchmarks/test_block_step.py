@@ -8,7 +8,7 @@ import pytest
 from benchmarks.block_step import _kernel_kind, main
 
 
-@pytest.mark.parametrize("flags", [[], ["--fp8_fast"]])
+@pytest.mark.parametrize("flags", [[], ["--fp8_fast"], ["--fp8_fast", "--transposed"]])
 def test_every_bucket_is_measured_kept_and_recomputed(tmp_path: Path, flags: list[str]) -> None:
     common = ["--geometry", "tiny", "--eager", "--repeats", "1", "--results", str(tmp_path), "--name", "x"]
     assert main([*common, *flags]) == 0

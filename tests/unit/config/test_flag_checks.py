@@ -32,6 +32,10 @@ def train(words: str) -> TrainConfig:
             "--persistent_data_loader_workers needs --max_data_loader_n_workers of at least 1",
         ),
         ("--fp8_fast", "--fp8_fast multiplies weights that are in fp8: add --fp8_scaled"),
+        (
+            "--fp8_scaled --fp8_base --fp8_fast --fp8_fast_transposed on --blocks_to_swap 3",
+            "--fp8_fast_transposed on keeps a second copy of the weights on the GPU, --blocks_to_swap 3 takes the",
+        ),
         ("--dim_from_weights", "--dim_from_weights needs --network_weights"),
         (
             "--base_weights a --base_weights_multiplier 1 2",
@@ -94,6 +98,7 @@ def test_contradictions_are_refused(words: str, message: str) -> None:
             "--gradient_checkpointing_cpu_offload",
             "--gradient_checkpointing_cpu_offload changes nothing without --gradient_",
         ),
+        ("--fp8_fast_transposed off", "--fp8_fast_transposed changes nothing without --fp8_fast"),
         ("--no_compile --compile_mode x", "--compile_mode changes nothing with --no_compile"),
         ("--preserve_distribution_shape", "--preserve_distribution_shape changes nothing without --min_timestep or "),
     ],

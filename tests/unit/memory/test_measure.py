@@ -41,13 +41,15 @@ def test_only_settings_that_are_not_used_yet_are_advised() -> None:
 
 
 def test_what_the_run_holds_back_itself_is_named_first() -> None:
-    text = explain_out_of_memory(FIGURES, settings(num_kept=12, limited=True, retried=False), bucket="768x416x21")
+    held = settings(num_kept=12, limited=True, retried=False, transposed=True)
+    text = explain_out_of_memory(FIGURES, held, bucket="768x416x21")
     assert "12 blocks not recomputed" in text
     cures = [line.strip() for line in text.splitlines()[1:]]
     assert any(line.startswith("- --activation_memory off") for line in cures)
     assert any("--vram_limit" in line for line in cures) and any("--on_oom retry" in line for line in cures)
+    assert any(line.startswith("- --fp8_fast_transposed off") for line in cures)
     text = explain_out_of_memory(FIGURES, settings(), bucket="768x416x21")
-    assert not any(name in text for name in ("--activation_memory", "--vram_limit", "--on_oom"))
+    assert not any(name in text for name in ("--activation_memory", "--vram_limit", "--on_oom", "--fp8_fast_t"))
 
 
 def test_out_of_memory_is_told_from_other_errors() -> None:

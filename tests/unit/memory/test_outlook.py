@@ -110,6 +110,24 @@ def test_an_optimizer_that_remembers_much_computes_much() -> None:
     assert adam.peak(tiny) - light.peak(tiny) == pytest.approx(more + 4 * REFERENCE.trained, rel=0.5)
 
 
+def test_transposed_weights_take_what_the_matrices_take_unless_blocks_are_swapped() -> None:
+    resident = replace(REFERENCE, swapped=0, fp8_products=True, formats=replace(REFERENCE.formats, scales="rows"))
+    both = replace(resident, transposed=True)
+    more = both.peak(LARGEST) - resident.peak(LARGEST)
+    assert more == both.resting()["transposed weights"] == both.transposed_bytes
+    assert more / GIB == pytest.approx(13.0, abs=0.1)
+    assert replace(both, swapped=1).resting() == replace(resident, swapped=1).resting()
+
+
+def test_doing_without_transposed_weights_is_the_first_cure() -> None:
+    both = replace(REFERENCE, swapped=0, transposed=True)
+    room = both.peak(LARGEST) - 1
+    assert next(iter(cures(both, LOADS, room))) == "--fp8_fast_transposed off"
+    found = cures(both, LOADS, int(15.6 * GIB))
+    assert found and all(flags.startswith("--fp8_fast_transposed off --") for flags in found)
+    assert all(fits(outlook, LOADS, int(15.6 * GIB)) and not outlook.transposed for outlook in found.values())
+
+
 def test_a_step_takes_longer_with_less() -> None:
     card = CARDS["RTX 4090"]
     seconds = REFERENCE.seconds(LARGEST, card, kept=0)

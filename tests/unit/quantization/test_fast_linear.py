@@ -11,6 +11,7 @@ from tests.unit.quantization.test_fp8_linear import forward_and_gradient, record
 from wanlora.memory.compile import compile_blocks
 from wanlora.quantization.fast_linear import FastFp8Linear, fast_layers, wide_maths
 from wanlora.quantization.linear import Fp8Linear
+from wanlora.quantization.transposed import TransposedWeights
 
 
 def make_linear(num_in: int = 128, num_out: int = 96, dtype: torch.dtype = torch.float32) -> FastFp8Linear:
@@ -93,6 +94,76 @@ def test_it_compiles_into_one_graph_for_any_number_of_tokens_that_keeps_weights_
         assert len(weights) == 2 and {tensor.data_ptr() for tensor in weights} <= own
 
 
+def make_blocks(number: int) -> list[nn.Sequential]:
+    return [nn.Sequential(make_linear(), nn.GELU(), make_linear(96, 128)) for _ in range(number)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_transposed_weight_is_read_in_place_of_the_weight_and_nothing_else_changes(dtype: torch.dtype) -> None:
+    linear = make_linear(dtype=dtype)
+    x = torch.randn(2, 37, 128).to(dtype)
+    expected = forward_and_gradient(linear, x)
+    linear.transpose()
+    assert linear.across is not None and linear.across.is_contiguous()
+    x.requires_grad_()
+    with recorded_saves() as kept:
+        out = linear(x)
+    assert {tensor.data_ptr() for tensor in kept} == {linear.across.data_ptr(), linear.scale.data_ptr()}
+    with torch.no_grad():
+        assert torch.equal(linear(x), out)
+    linear.weight.data.view(torch.uint8).zero_()  # backward has no need of it
+    out.square().sum().backward()
+    assert x.grad is not None
+    assert torch.equal(out, expected[0]) and torch.equal(x.grad, expected[1])
+    assert "across" not in linear.state_dict()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
+def test_compiled_blocks_share_a_graph_with_transposed_weights_and_one_without(backend: str) -> None:
+    blocks = make_blocks(3)
+    x = torch.randn(6, 128)
+    torch._dynamo.reset()
+    compile_blocks(blocks, backend=backend, fullgraph=True)
+    expected = [forward_and_gradient(block, x) for block in blocks]
+    weights = TransposedWeights(layer for block in blocks for layer in fast_layers(block).values())
+    counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    weights.keep()
+    for block, plain in zip(blocks, expected, strict=True):
+        first, last = block[0], block[2]
+        assert isinstance(first, FastFp8Linear) and isinstance(last, FastFp8Linear)
+        assert first.across is not None and last.across is not None
+        with recorded_saves() as kept:
+            found = forward_and_gradient(block, x)
+        held = {tensor.data_ptr() for tensor in kept}
+        assert {first.across.data_ptr(), last.across.data_ptr()} <= held
+        assert not {first.weight.data_ptr(), last.weight.data_ptr()} & held
+        assert all(torch.equal(ours, exact) for ours, exact in zip(found, plain, strict=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted + 1
+    weights.drop()
+    for block, plain in zip(blocks, expected, strict=True):
+        found = forward_and_gradient(block, x)
+        assert all(torch.equal(ours, exact) for ours, exact in zip(found, plain, strict=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted + 1
+
+
+def test_transposed_weights_are_counted_and_an_error_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [make_linear(), make_linear(96, 64)]
+    weights = TransposedWeights(layers)
+    assert not weights.are_kept
+    weights.keep()
+    assert weights.are_kept and weights.num_bytes == 128 * 96 + 96 * 64
+    weights.drop()
+    assert not weights.are_kept and weights.num_bytes == 0
+
+    def too_much() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(layers[1], "transpose", too_much)
+    with pytest.raises(torch.OutOfMemoryError):
+        weights.keep()
+    assert not weights.are_kept
+
+
 def test_a_shared_input_is_rounded_once_in_a_compiled_graph() -> None:
     queries, keys = make_linear(), make_linear()
     roundings: list[int] = []
@@ -110,7 +181,7 @@ def test_a_shared_input_is_rounded_once_in_a_compiled_graph() -> None:
 
 
 def test_compiled_blocks_heed_which_of_their_layers_multiply_in_fp8() -> None:
-    blocks = [nn.Sequential(make_linear(), nn.GELU(), make_linear(96, 128)) for _ in range(3)]
+    blocks = make_blocks(3)
     widened = blocks[1][2]
     assert isinstance(widened, FastFp8Linear)
     widened.kernel = None

@@ -20,17 +20,19 @@ from wanlora.memory.compile import is_compiled
 from wanlora.memory.limit import CardLimit
 from wanlora.memory.measure import GIB, CudaMeter
 from wanlora.models.wan.transformer import WanTransformer
-from wanlora.quantization.fast_linear import fast_layers
+from wanlora.quantization.fast_linear import FastFp8Linear, fast_layers
 from wanlora.quantization.linear import Fp8Linear
 from wanlora.training.build import (
     Trainee,
     _load,
     build_trainee,
     choose_keeping,
+    keep_transposed,
     num_streamed,
     residual_dtype,
     wants_compile,
 )
+from wanlora.training.plan import Target, make_outlook
 
 
 def build(checked: Checked, *flags: str) -> Trainee:
@@ -85,6 +87,42 @@ def test_fp8_maths_reach_every_matrix_of_the_blocks(checked: Checked, monkeypatc
     layers = fast_layers(built.model)
     assert set(layers) == {f"{name}.base" for name in built.network.adapters}
     assert all(layer.scale.shape == (layer.out_features, 1, 1) for layer in layers.values())
+
+
+def test_weights_are_transposed_as_decided_in_layers_that_multiply_in_fp8_and_as_planned(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wanlora.training.build.missing_fp8_maths", lambda device: None)
+    flags = ("--fp8_scaled", "--fp8_fast", "--mixed_precision", "bf16", "--fp8_fast_transposed", "on")
+    built = build(checked, *flags)
+    config, prepared = checked(*flags)
+    layers = fast_layers(built.model)
+    assert not keep_transposed(MemoryConfig(fp8_fast_transposed="auto"), built.model).are_kept
+    kept = keep_transposed(config.memory, built.model)
+    assert all(layer.across is not None for layer in layers.values())
+    here = Target(name="here", fp8="rows", streams=False)
+    outlook = make_outlook(config, prepared, here, dtype=torch.bfloat16)
+    assert kept.num_bytes == outlook.resting()["transposed weights"]
+    kept.drop()
+    widened = built.network.adapters["blocks.0.ffn.0"].base
+    assert isinstance(widened, FastFp8Linear)
+    widened.kernel = None
+    keep_transposed(config.memory, built.model)
+    assert [name for name, layer in layers.items() if layer.across is None] == ["blocks.0.ffn.0.base"]
+
+
+def test_transposed_weights_that_do_not_fit_after_all_are_done_without(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def too_much(layer: FastFp8Linear) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr("wanlora.training.build.missing_fp8_maths", lambda device: None)
+    monkeypatch.setattr(FastFp8Linear, "transpose", too_much)
+    built = build(checked, "--fp8_scaled", "--fp8_fast", "--mixed_precision", "bf16")
+    assert not keep_transposed(MemoryConfig(fp8_fast_transposed="on"), built.model).are_kept
+    assert "too little memory left for transposed weights" in caplog.messages[-1]
 
 
 def test_a_machine_that_cannot_multiply_in_fp8_is_told_so(

@@ -1,6 +1,7 @@
 """What was foretold is held against the run, and said once."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,6 +59,13 @@ def test_a_run_that_streams_otherwise_than_planned_is_not_compared(said: Capture
     for _ in range(3):
         forecast(step(CLIP, streamed=4), 9)
     assert said.text == ""
+
+
+def test_a_run_that_dropped_its_transposed_weights_is_foretold_without_them(said: Captured) -> None:
+    forecast = PeakForecast(replace(OUTLOOK, transposed=True), {CLIP: 1})
+    for _ in range(2):
+        forecast(step(CLIP), 9)
+    assert "within 0.0%" in said.text
 
 
 def test_steps_that_say_nothing_about_one_size_are_left_out(said: Captured) -> None:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.memory.wan import adapted_wan
+from tests.unit.quantization.test_fast_linear import make_linear
 from tests.unit.training.parts import CPU, Velocity, batch, indexed, step_of
 from wanlora.foundation import log as logs
 from wanlora.memory.checkpointing import Recompute
 from wanlora.memory.keeping import Keeping
 from wanlora.memory.streaming import BlockStream
 from wanlora.models.wan.transformer import WanTransformer
+from wanlora.quantization.transposed import TransposedWeights
 from wanlora.training import guard as guards
 from wanlora.training.guard import MemoryGuard, bucket_name, describe
 from wanlora.training.position import Position
@@ -36,10 +38,13 @@ class Card:
         self.guard = MemoryGuard(CPU, keeping=self.keeping, recompute=self.recompute, stream=self.stream, retry=retry)
         self.capacity = capacity
         self.failures = 0
+        self.layers = [make_linear(16, 32) for _ in range(2)]
+        self.guard.transposed = TransposedWeights(self.layers)
         self.model.blocks[2].register_forward_hook(self._fail)
 
     def _fail(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        if self.keeping.num_kept + self.stream.num_resident > self.capacity:
+        copies = 3 if self.guard.transposed.are_kept else 0
+        if self.keeping.num_kept + self.stream.num_resident + copies > self.capacity:
             self.failures += 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -78,6 +83,46 @@ def test_everything_is_recomputed_first() -> None:
     card = Card(capacity=6)
     assert card.step() == undisturbed()
     assert card.failures == 1
+    assert card.recompute.recomputed == 2 * 6 and card.stream.num_resident == 6
+
+
+def test_transposed_weights_are_dropped_before_anything_else(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs.log, "propagate", True)
+    card = Card(capacity=12)
+    card.guard.transposed.keep()
+    with caplog.at_level(logging.WARNING, logger="wanlora"):
+        assert card.step() == undisturbed()
+    assert card.failures == 1 and all(layer.across is None for layer in card.layers)
+    assert card.recompute.recomputed == 0 and card.stream.num_resident == 6
+    (message,) = dict.fromkeys(caplog.messages)
+    assert "weights are transposed where backward needs them, which frees 0.0 GiB, from now on" in message
+    drop(card.model)
+    assert card.step() == undisturbed() and card.failures == 1
+
+
+def test_graphs_that_read_them_are_given_up_before_they_are_dropped() -> None:
+    card = Card(capacity=12)
+    card.guard.transposed.keep()
+
+    class Graphs:
+        is_open = True
+
+        def give_up(self) -> None:
+            assert card.guard.transposed.are_kept
+            self.is_open = False
+
+    card.guard.spare = graphs = Graphs()
+    assert card.step() == undisturbed()
+    assert card.failures == 2 and not graphs.is_open and not card.guard.transposed.are_kept
+
+
+def test_where_that_does_not_suffice_everything_is_recomputed() -> None:
+    card = Card(capacity=6)
+    card.guard.transposed.keep()
+    assert card.step() == undisturbed()
+    assert card.failures == 2 and not card.guard.transposed.are_kept
     assert card.recompute.recomputed == 2 * 6 and card.stream.num_resident == 6
 
 

@@ -234,6 +234,55 @@ def test_the_card_here_is_asked_for_what_is_free(checked: Checked, monkeypatch: 
     assert here.total == 24 * 2**30 and here.name == "the NVIDIA GeForce RTX 3090 here" and here.host_free
 
 
+FAST = ("--mixed_precision", "bf16", "--fp8_scaled", "--fp8_fast")
+
+
+def on_fast_card(room: int) -> Target:
+    return replace(target(0), room=room, fp8="rows")
+
+
+@pytest.mark.parametrize("checkpointing", [(), ("--gradient_checkpointing",)])
+def test_weights_are_transposed_where_every_size_fits_beside_them_with_nothing_recomputed(
+    checked: Checked, said: Captured, checkpointing: tuple[str, ...]
+) -> None:
+    config, prepared = checked(*FAST, *checkpointing)
+    plan = make_plan(config, prepared, on_fast_card(2**40), dtype=torch.bfloat16)
+    everything = replace(plan.outlook, recompute=False, transposed=True)
+    needed = max(everything.peak(bucket.load) for bucket in plan.buckets)
+    for room, expected in ((needed, "on"), (needed - 1, "off")):
+        said.clear()
+        settled = planning.settle(config, prepared, on_fast_card(room))
+        assert settled.memory.fp8_fast_transposed == expected
+        (line,) = said.messages
+        wording = "weights are kept" if expected == "on" else "weights are not kept"
+        assert line.startswith(f"--fp8_fast_transposed auto: {wording} transposed as well, 0.0 GiB; with nothing")
+    settled = planning.settle(config, prepared, on_fast_card(needed))
+    chosen = make_plan(settled, prepared, on_fast_card(needed), dtype=torch.bfloat16)
+    assert chosen.outlook.transposed_bytes > 0 and "+ transposed weights 0.0" in lines(chosen)
+    assert chosen.largest.peak - plan.largest.peak == chosen.outlook.transposed_bytes
+
+
+def test_weights_are_not_transposed_where_blocks_are_swapped(checked: Checked, said: Captured) -> None:
+    config, prepared = checked(*FAST, "--blocks_to_swap", "2")
+    assert planning.settle(config, prepared, on_fast_card(2**40)).memory.fp8_fast_transposed == "off"
+    assert said.messages == []
+    config, prepared = checked(*FAST, "--blocks_to_swap", "auto", "--fp8_fast_transposed", "on")
+    assert planning.settle(config, prepared, on_fast_card(2**40)).memory.fp8_fast_transposed == "on"
+    settled = planning.settle(config, prepared, on_fast_card(1))
+    assert settled.memory.fp8_fast_transposed == "off"
+    assert said.messages[-1] == "--fp8_fast_transposed on: not done, because 10 blocks are swapped"
+
+
+@pytest.mark.parametrize("asked", ["on", "off"])
+def test_weights_are_transposed_or_not_as_asked(checked: Checked, said: Captured, asked: str) -> None:
+    config, prepared = checked(*FAST, "--fp8_fast_transposed", asked)
+    room = 1 if asked == "on" else 2**40
+    settled = planning.settle(config, prepared, on_fast_card(room))
+    assert settled.memory.fp8_fast_transposed == asked
+    assert len(said.messages) == (asked == "on")
+    assert not make_outlook(settled, prepared, target(4000), dtype=torch.bfloat16).transposed  # a card without fp8
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (720, "12 min"), (12_600, "3.5 h"), (363_000, "4.2 days")])
 def test_times_are_told_in_the_unit_that_fits(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.runs import TrainingFolder
 from wanlora.cli.train_network import main
 from wanlora.memory.limit import CardLimit
+from wanlora.quantization.fast_linear import FastFp8Linear
 from wanlora.training import objective
 from wanlora.training.metrics import read_steps, read_validations
 from wanlora.training.position import Position
@@ -139,6 +140,24 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_steps_before(
     state = load_state(training_folder.output / "style-step00000002-state")
     assert state.record.position.step == 2
     assert all(tensor.isfinite().all() for tensor in state.adapter.values())
+
+
+def test_transposed_weights_train_alike(training_folder: TrainingFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanlora.training.build.missing_fp8_maths", lambda device: None)
+    common = ["--max_train_steps", "2", "--fp8_base", "--fp8_scaled", "--fp8_fast", "--mixed_precision", "bf16"]
+    losses, transpose = [], FastFp8Linear.transpose
+    made: list[FastFp8Linear] = []
+
+    def counted(layer: FastFp8Linear) -> None:
+        made.append(layer)
+        transpose(layer)
+
+    monkeypatch.setattr(FastFp8Linear, "transpose", counted)
+    for name in ("auto", "on"):
+        text = training_folder.train(training_folder.arguments(name, *common, "--fp8_fast_transposed", name))
+        losses.append([(row["loss"], row["grad_norm"]) for row in rows(training_folder, name)])
+        assert ("--fp8_fast_transposed on: weights are kept transposed as well" in text) == bool(made) == (name == "on")
+    assert losses[0] == losses[1]
 
 
 def test_memory_that_runs_out_while_loading_is_explained(
