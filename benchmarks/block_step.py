@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.compile_fx import compile_fx
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
@@ -45,7 +46,7 @@ _COPY = re.compile(r"memcpy|memset", re.IGNORECASE)
 _PRODUCT_KERNEL = re.compile(r"gemm|nvjet|xmma|cutlass|splitk", re.IGNORECASE)
 _GENERATED = re.compile(r"triton_|cpp_fused|elementwise|vectorized")
 _DEQUANTISATION = re.compile(r"triton_poi_fused_(?:(?:_?to_copy|mul|view|_?unsafe_view|t|permute|unflatten)_?)+\d+")
-_SHOWN = 30
+_SHOWN = 45
 
 Step = Callable[[], None]
 
@@ -58,14 +59,16 @@ class Measured:
     tokens: int
     kept_ms: float
     """Forward and backward with everything kept."""
+    attention_ms: float | None
+    """With attention kept and the rest recomputed; None where blocks cannot do that."""
     recomputed_ms: float
     """Forward, forward again, backward."""
     host_ms: float
-    """What the host needs to queue the recomputed block: below this no card is faster."""
+    """What the host needs to queue the block that is kept: below this no card is faster."""
     saved_bytes: int
     """What is kept for backward beyond the block's own weights, its input included."""
     kinds_ms: dict[str, float]
-    """Device time of the recomputed block by kind of kernel; empty where there is no card."""
+    """Device time of the block that is kept by kind of kernel; empty where there is no card."""
     kernels: list[tuple[str, str, int, float]]
     """Kind, name, launches and milliseconds of the kernels that take longest."""
 
@@ -80,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.transposed:
         TransposedWeights(fast_layers(block).values()).keep()
     if not options.eager:
-        compile_blocks([block])
+        compile_blocks([block], backend=compile_fx if options.compilers_choice else "inductor")
     dtype = torch.bfloat16 if options.residual == "bfloat16" else torch.float32
     measured = []
     for bucket in geometry.buckets:
@@ -106,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fp8_fast", action="store_true", help="multiply in fp8 as well")
     parser.add_argument("--transposed", action="store_true", help="with --fp8_fast: keep the weights transposed, too")
     parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--compilers_choice", action="store_true", help="the compiler chooses what is kept")
     parser.add_argument("--residual", choices=("float32", "bfloat16"), default="float32", help="the residual stream")
     parser.add_argument("--repeats", type=int, default=10, help="blocks in a row that are timed as one")
     parser.add_argument("--table", type=int, default=1, help="number of the bucket whose kernels are printed, from 0")
@@ -157,13 +161,18 @@ def measure(block: WanBlock, arguments: tuple[Tensor, ...], bucket: str, repeats
         block.zero_grad()
         block(*arguments).backward(grad_BLD)
 
+    def attention_kept() -> None:
+        block.zero_grad()
+        block(*arguments, save="attention").backward(grad_BLD)
+
     def recomputed() -> None:
         block.zero_grad()
         recompute(block, *arguments).backward(grad_BLD)
 
     kept_ms = milliseconds(kept, x_BLD.device, repeats)
+    attention_ms = milliseconds(attention_kept, x_BLD.device, repeats) if recompute.chooses else None
     recomputed_ms = milliseconds(recomputed, x_BLD.device, repeats)
-    kernels = device_kernels(recomputed, rank) if x_BLD.is_cuda else []
+    kernels = device_kernels(kept, rank) if x_BLD.is_cuda else []
     kinds: dict[str, float] = dict.fromkeys(KINDS, 0.0) if kernels else {}
     for kind, _, _, taken in kernels:
         kinds[kind] += taken
@@ -171,8 +180,9 @@ def measure(block: WanBlock, arguments: tuple[Tensor, ...], bucket: str, repeats
         bucket=bucket,
         tokens=x_BLD.shape[1],
         kept_ms=kept_ms,
+        attention_ms=attention_ms,
         recomputed_ms=recomputed_ms,
-        host_ms=host_milliseconds(recomputed, x_BLD.device),
+        host_ms=host_milliseconds(kept, x_BLD.device),
         saved_bytes=saved_bytes(block, arguments),
         kinds_ms=kinds,
         kernels=kernels[:_SHOWN],
@@ -283,16 +293,17 @@ def _is_dequantisation(name: str) -> bool:
 def _line(one: Measured, sizes: WanSizes) -> str:
     shares = ", ".join(f"{kind} {taken:.2f}" for kind, taken in one.kinds_ms.items())
     per_token = one.saved_bytes / one.tokens
+    attention = "" if one.attention_ms is None else f"attention kept {one.attention_ms:.3f} ms, "
     return (
-        f"{one.bucket} ({one.tokens} tokens): kept {one.kept_ms:.3f} ms, recomputed {one.recomputed_ms:.3f} ms, "
-        f"host {one.host_ms:.3f} ms, {sizes.num_layers} blocks {one.recomputed_ms * sizes.num_layers / 1000:.3f} s, "
+        f"{one.bucket} ({one.tokens} tokens): kept {one.kept_ms:.3f} ms, {attention}recomputed {one.recomputed_ms:.3f} "
+        f"ms, host {one.host_ms:.3f} ms, {sizes.num_layers} blocks {one.kept_ms * sizes.num_layers / 1000:.3f} s, "
         f"saved {per_token / 1024:.1f} KiB a token; {shares}"
     )
 
 
 def _kernel_lines(one: Measured) -> list[str]:
     whole = sum(one.kinds_ms.values())
-    head = f"\n{one.bucket}, recomputed: {whole:.3f} ms in kernels"
+    head = f"\n{one.bucket}, kept: {whole:.3f} ms in kernels"
     rows = [f"{taken:8.3f} ms {number:4d} x {kind:10s} {name[:150]}" for kind, name, number, taken in one.kernels]
     return [head, *rows]
 
@@ -307,6 +318,7 @@ def _conditions(options: argparse.Namespace, device: torch.device) -> dict[str, 
         "fp8_maths": options.fp8_fast,
         "transposed": options.transposed,
         "compiled": not options.eager,
+        "compilers_choice": options.compilers_choice,
         "residual": options.residual,
         "text_tokens": TEXT_TOKENS,
     }

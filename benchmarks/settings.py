@@ -4,29 +4,34 @@ from benchmarks.runs import Setting
 
 _FP8 = ("--fp8_base", "--fp8_scaled")
 _KEEP = "--activation_memory auto"
+_ALL = "--activation_memory off"
+_AWAY = "--gradient_checkpointing_cpu_offload"
 SETTINGS: dict[str, Setting] = {
     setting.name: setting
     for setting in (
-        Setting(name="reference-eager", extra="--blocks_to_swap 10 --no_compile"),
-        Setting(name="reference", extra="--blocks_to_swap 10"),
-        Setting(name="no-swap", extra=""),
-        Setting(name="no-swap-eager", extra="--no_compile"),
-        Setting(name="swap-36", extra="--blocks_to_swap 36"),
-        Setting(name="swap-36-eager", extra="--blocks_to_swap 36 --no_compile"),
-        Setting(name="bf16-no-swap", without=_FP8),
-        Setting(name="fp8-fast", extra="--fp8_fast"),
-        Setting(name="fp8-fast-swap-10", extra="--fp8_fast --blocks_to_swap 10"),
-        Setting(name="fp8-fast-swap-36", extra="--fp8_fast --blocks_to_swap 36"),
+        Setting(name="reference-eager", extra=f"{_ALL} --blocks_to_swap 10 --no_compile"),
+        Setting(name="as-typed", extra="--blocks_to_swap 10"),
+        Setting(name="reference", extra=f"{_ALL} --blocks_to_swap 10"),
+        Setting(name="no-swap", extra=_ALL),
+        Setting(name="no-swap-eager", extra=f"{_ALL} --no_compile"),
+        Setting(name="swap-36", extra=f"{_ALL} --blocks_to_swap 36"),
+        Setting(name="swap-36-eager", extra=f"{_ALL} --blocks_to_swap 36 --no_compile"),
+        Setting(name="bf16-no-swap", extra=_ALL, without=_FP8),
+        Setting(name="fp8-fast", extra=f"{_ALL} --fp8_fast"),
+        Setting(name="fp8-fast-swap-10", extra=f"{_ALL} --fp8_fast --blocks_to_swap 10"),
+        Setting(name="fp8-fast-swap-36", extra=f"{_ALL} --fp8_fast --blocks_to_swap 36"),
         Setting(name="keep", extra=_KEEP),
         Setting(name="keep-cap-24", extra=f"{_KEEP} --vram_limit 24"),
         Setting(name="keep-bf16", extra=_KEEP, without=_FP8),
         Setting(name="keep-fp8-fast", extra=f"{_KEEP} --fp8_fast"),
         Setting(name="keep-fp8-fast-cap-24", extra=f"{_KEEP} --fp8_fast --vram_limit 24"),
+        Setting(name="keep-cap-24-offload", extra=f"{_KEEP} --vram_limit 24 {_AWAY}"),
+        Setting(name="keep-fp8-fast-cap-24-offload", extra=f"{_KEEP} --fp8_fast --vram_limit 24 {_AWAY}"),
         Setting(name="keep-cap-24-swap-20", extra=f"{_KEEP} --vram_limit 24 --blocks_to_swap 20"),
         Setting(name="keep-fp8-fast-cap-24-swap-20", extra=f"{_KEEP} --fp8_fast --vram_limit 24 --blocks_to_swap 20"),
-        Setting(name="reference-bf16-residual", extra="--blocks_to_swap 10 --residual_dtype bfloat16"),
-        Setting(name="no-swap-bf16-residual", extra="--residual_dtype bfloat16"),
-        Setting(name="swap-36-bf16-residual", extra="--blocks_to_swap 36 --residual_dtype bfloat16"),
+        Setting(name="reference-bf16-residual", extra=f"{_ALL} --blocks_to_swap 10 --residual_dtype bfloat16"),
+        Setting(name="no-swap-bf16-residual", extra=f"{_ALL} --residual_dtype bfloat16"),
+        Setting(name="swap-36-bf16-residual", extra=f"{_ALL} --blocks_to_swap 36 --residual_dtype bfloat16"),
         Setting(name="peer-compile", peer="compile"),
         Setting(name="peer-eager", peer="eager"),
     )

@@ -80,7 +80,9 @@ class Run:
         optimizer = torch.optim.AdamW(flat.groups)
         noise = Noise(Streams(7), build_plan(timestep_sampling="uniform"), lambda epoch: [1] * 64)
         guard = MemoryGuard(CARD)
-        self.replays = Replays(CardGraphs(CARD), flat, model, Recompute([]), Keeping(0, 0)) if replays else None
+        self.replays = (
+            Replays(CardGraphs(torch.device("cuda")), flat, model, Recompute([]), Keeping(0, 0)) if replays else None
+        )
         guard.spare = self.replays
         self.step = TrainingStep(
             objective=FlowObjective(model, noise, LOSS_WEIGHTINGS.get("cosmap"), CARD),

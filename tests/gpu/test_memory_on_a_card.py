@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wanlora.lora.layers import LoRALinear
-from wanlora.memory.checkpointing import Recompute
+from wanlora.memory.checkpointing import Kept, Recompute
 from wanlora.memory.compile import compile_blocks, missing_compiler
 from wanlora.memory.keeping import Keeping
 from wanlora.memory.limit import limit_card
@@ -212,7 +212,7 @@ def passes(model: Tower, keeping: Keeping, *, count: int, num_tokens: int = 8192
         x = torch.randn(num_tokens, WIDTH, generator=torch.Generator().manual_seed(0)).to(CARD)
         with keeping.step(), keeping.batch("a size"):
             model(x).square().mean().backward()
-            seen.append((keeping.num_kept, keeping.meter.peak()))
+            seen.append((keeping.kept.blocks, keeping.meter.peak()))
         model.zero_grad(set_to_none=True)
     return seen
 
@@ -241,7 +241,7 @@ def test_what_is_kept_changes_no_bit_on_the_card() -> None:
     expected = train(Tower().to(CARD))
     for count in (3, NUM_BLOCKS):
         model = Tower().to(CARD)
-        model.run_block = Recompute(list(model.blocks), keep=lambda x, count=count: count)  # type: ignore[misc]
+        model.run_block = Recompute(list(model.blocks), keep=lambda x, count=count: Kept(count))  # type: ignore[misc]
         assert_same(train(model), expected)
 
 
@@ -317,10 +317,14 @@ def test_running_out_of_memory_is_recognised() -> None:
     assert figures.total > 1 and figures.slack >= 0
 
 
-def test_compiled_and_streamed_blocks_agree_with_plain_ones() -> None:
+KEPT = (Kept(), Kept(4), Kept(2, attention=2), Kept(4, everything=True), Kept(0, attention=3))
+
+
+@pytest.mark.parametrize("num_streamed", [0, 4])
+def test_compiled_blocks_agree_with_plain_ones_streamed_or_not_whatever_they_keep(num_streamed: int) -> None:
     assert missing_compiler(CARD) is None
     sizes = WanSizes(
-        dim=256, ffn_dim=512, num_layers=3, in_channels=16, out_channels=16, text_dim=64, freq_dim=64, text_len=32
+        dim=256, ffn_dim=512, num_layers=4, in_channels=16, out_channels=16, text_dim=64, freq_dim=64, text_len=32
     )
     arguments = (torch.randn(1, 16, 3, 8, 12, device=CARD), torch.tensor([400.0], device=CARD), [torch.randn(9, 64)])
 
@@ -343,13 +347,19 @@ def test_compiled_and_streamed_blocks_agree_with_plain_ones() -> None:
 
     loss, gradient = run(build().to(CARD))
     model = build()
-    stream = BlockStream(list(model.blocks), 3, CARD)
-    model.run_block = Recompute(list(model.blocks))
+    blocks = list(model.blocks)
+    stream = BlockStream(blocks, num_streamed, CARD)
     stream.attach()
     for part in (model.patch_embedding, model.text_embedding, model.time_embedding, model.time_projection, model.head):
         part.to(CARD)
-    compile_blocks(model.blocks)
-    ours, our_gradient = run(model)
-    assert stream.waits == 6
-    torch.testing.assert_close(ours, loss, rtol=1e-3, atol=0)
-    assert (our_gradient - gradient).norm() < 1e-3 * gradient.norm()
+    compile_blocks(blocks)
+    model.run_block = runner = Recompute(blocks, stream=stream)
+    assert len(runner.optional) == len(blocks)
+    for kept in KEPT:
+        runner.keep = lambda x, kept=kept: kept  # type: ignore[misc]
+        model.zero_grad()
+        ours, our_gradient = run(model)
+        torch.testing.assert_close(ours, loss, rtol=1e-3, atol=0)
+        assert (our_gradient - gradient).norm() < 1e-3 * gradient.norm()
+    assert (runner.kept, runner.recomputed, runner.attention_kept) == (10, 5, 5)
+    assert stream.misses <= 1

@@ -254,17 +254,16 @@ class MemoryConfig(Checked):
     """Compute activations again in the backward pass instead of keeping them."""
     gradient_checkpointing_cpu_offload: bool = False
     """Keep what checkpointing saves in system memory."""
-    activation_memory: Positive | Literal["auto", "off"] = "off"
-    """off: every block is computed again. auto, or GiB: fewer, in what is free or in so much of the GPU; not yet
-    measured on one."""
+    activation_memory: Positive | Literal["auto", "off"] = "auto"
+    """How much of the GPU may hold what would be computed again: what is free (auto), so many GiB, or nothing (off)."""
     vram_reserve: NotNegative | None = None
     """GiB of the GPU's memory that are left to others. Default: 0.5; 1 on Windows and WSL."""
     vram_limit: Positive | None = None
     """GiB of the GPU's memory that the run may take at most. Default: all that is free."""
     on_oom: Literal["retry", "stop"] = "retry"
     """When the GPU's memory runs out: make room (recompute and swap more) and repeat the step, or end the run."""
-    trial_step: bool = False
-    """Try the largest batch before the first step; not yet measured on a GPU."""
+    trial_step: bool | None = None
+    """Try the largest batch before the first step. Default: on a GPU."""
     fp8_base: bool = False
     """Keep the model's weights in fp8; with --fp8_scaled in blocks with a scale each, which is far more precise."""
     fp8_scaled: bool = False
@@ -299,7 +298,7 @@ class MemoryConfig(Checked):
     """Refuse graph breaks."""
     compile_cache_size_limit: Count | None = None
     """How many graphs torch.compile keeps."""
-    cuda_graphs: Literal["auto", "off"] = "auto"
+    cuda_graphs: Literal["auto", "off"] = "off"
     """auto: passes that the GPU could do faster than the host can queue them are recorded once and replayed whole."""
 
     @property

@@ -4,7 +4,8 @@ Every block runs the same code on weights of the same shapes, so its forward is 
 block, and each block calls that function. Weights enter the graph as inputs: which memory they lie in may change from
 call to call, as it does for streamed blocks. Only `forward` is compiled, not the call around it: hooks before a block
 (streaming) and what wraps the call (recomputation) stay ordinary Python outside of the graph. The number of tokens is
-a variable of the graph unless `dynamic` says otherwise.
+a variable of the graph unless `dynamic` says otherwise. With torch's own compiler each call may say what is saved for
+its backward (`saving.py`); there is one graph for each such way.
 """
 
 import importlib
@@ -15,12 +16,15 @@ import sysconfig
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from wanlora.memory.saving import Save, saving_backend
 
 _COMPILER = "torch._inductor.compile_fx"
 _C_COMPILERS = ("cc", "gcc", "clang", "cl")
@@ -63,36 +67,63 @@ def compile_blocks(
     """
     if cache_size_limit is not None:
         torch._dynamo.config.recompile_limit = cache_size_limit
-    compiled: dict[type[nn.Module], Callable[..., Any]] = {}
+    compiled: dict[type[nn.Module], CompiledForward] = {}
     for block in blocks:
         if is_compiled(block):
             continue
         kind = type(block)
         if kind not in compiled:
-            graph = torch.compile(kind.forward, backend=backend, mode=mode, dynamic=dynamic, fullgraph=fullgraph)
-            compiled[kind] = _always_differentiable(graph)
+            compile_with = partial(torch.compile, kind.forward, dynamic=dynamic, fullgraph=fullgraph)
+            compiled[kind] = CompiledForward(compile_with, backend=backend, mode=mode)
         block.forward = MethodType(compiled[kind], block)
 
 
-def _always_differentiable(graph: Callable[..., Any]) -> Callable[..., Any]:
-    """Let every block's input need a gradient while training.
+class CompiledForward:
+    """The forward of all blocks of a class, in a graph for each way to save that is asked for.
 
-    The first block's does not, and a graph of its own for that would take as long to compile as that for all others;
-    the gradient that is computed for nothing is one part in several hundred of a step.
+    While training, every block's input needs a gradient: the first block's does not, and a graph of its own for that
+    would take as long to compile as that for all others; the gradient that is computed for nothing is one part in
+    several hundred of a step.
     """
 
-    def forward(block: nn.Module, x: Tensor, *args: Tensor) -> Any:
+    def __init__(
+        self, compile_with: Callable[..., Any], *, backend: str | Callable[..., Any], mode: str | None
+    ) -> None:
+        self.compile_with = compile_with
+        self.backend = backend
+        self.mode = mode
+        self._graphs: dict[Save, Callable[..., Any]] = {}
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the compiler takes wishes about what is saved."""
+        return self.backend == "inductor"
+
+    def __call__(self, block: nn.Module, x: Tensor, *args: Tensor, save: Save = "products") -> Any:
         if torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()
-        return graph(block, x, *args)
+        return self._graph(save)(block, x, *args)
 
-    return forward
+    def _graph(self, save: Save) -> Callable[..., Any]:
+        if save not in self._graphs:
+            self._graphs[save] = (
+                self.compile_with(backend=saving_backend(save, self.mode))
+                if self.chooses
+                else self.compile_with(backend=self.backend, mode=self.mode)
+            )
+        return self._graphs[save]
 
 
 def restore_blocks(blocks: Iterable[nn.Module]) -> None:
     """Undo `compile_blocks`."""
     for block in blocks:
         block.__dict__.pop("forward", None)
+
+
+def chooses_what_to_save(block: nn.Module) -> bool:
+    """Whether the block takes `save`, what to save for its backward (`saving.py`)."""
+    forward = getattr(block.__dict__.get("forward"), "__func__", None)
+    return isinstance(forward, CompiledForward) and forward.chooses
 
 
 def is_compiled(block: nn.Module) -> bool:

@@ -3,7 +3,8 @@
 A multiplication and an addition are two operations. Only what grows with width squared or with tokens squared is
 counted: the rest (norms, modulation, GELU) costs time on a card, but hardly any arithmetic. The base is frozen, so
 backward of a linear layer costs one forward, for the gradient of its input; that of attention costs 2.5 (it computes
-its scores again); that of an adapter two. A block that is recomputed costs one forward more.
+its scores again); that of an adapter two. A block that is recomputed costs one forward more; one that has kept the
+result of attention that forward without attention and without its last product, which no gradient needs.
 """
 
 from dataclasses import dataclass
@@ -47,9 +48,11 @@ def step_flops(
     *,
     text_rows: int = 512,
     recomputed: int | None = None,
+    attention_kept: int = 0,
     trained: int = 0,
 ) -> Flops:
-    """Forward and backward of one batch with `recomputed` blocks computed twice (all of them by default).
+    """Forward and backward of one batch with `recomputed` blocks computed twice (all of them by default), of which
+    `attention_kept` have kept the result of attention.
 
     `trained` numbers are in the adapters; those that read text are counted as if they read video, which overstates a
     part in a thousand.
@@ -58,9 +61,11 @@ def step_flops(
     again = (sizes.num_layers if recomputed is None else recomputed) / sizes.num_layers
     towards_input = 2.0 * batch * tokens * (sizes.num_layers * _on_video(sizes) + sizes.dim * sizes.out_channels * 4)
     adapters = 2.0 * batch * tokens * trained * (3 + again)
+    spared = attention_kept / sizes.num_layers
+    last = 2.0 * batch * tokens * sizes.num_layers * sizes.ffn_dim * sizes.dim
     return Flops(
-        linear=forward.linear * (1 + again) + towards_input + adapters,
-        attention=forward.attention * (1 + _ATTENTION_BACKWARD + again),
+        linear=forward.linear * (1 + again) - spared * last + towards_input + adapters,
+        attention=forward.attention * (1 + _ATTENTION_BACKWARD + again - spared),
     )
 
 

@@ -4,9 +4,9 @@ Three parts. What rests on the card between steps (`resting.py`). What blocks ho
 that is recomputed holds its input, a block that is kept holds everything that its backward reads. And the workspace,
 which is there once: what the backward of one block computes with.
 
-What a kept block holds is counted, not guessed: the terms below are what autograd (or the partitioner of
-torch.compile, which keeps the cheapest set that it can begin from again) was seen to save of `models/wan/blocks.py`,
-per token; a test counts them anew. Only `_BACKWARD` comes from a card.
+What a kept block holds is counted, not guessed: the terms below are what autograd (or torch.compile with the wishes of
+`saving.py`) was seen to save of `models/wan/blocks.py`, per token; a test counts them anew. Only `_BACKWARD` comes from
+a card.
 
 The sum is what tensors hold (torch.cuda.max_memory_allocated). Fragments and the CUDA context come on top.
 """
@@ -60,10 +60,19 @@ def recomputed_block(maths: BlockMaths, tokens: int, batch: int = 1) -> int:
     return batch * tokens * maths.sizes.dim * maths.residual.itemsize
 
 
-def kept_block(maths: BlockMaths, tokens: int, batch: int = 1) -> int:
-    """Bytes that a block holds from forward to backward if it is kept, its input included."""
-    rows = tokens * _kept_per_token(maths) + _kept_of_text(maths)
-    return recomputed_block(maths, tokens, batch) + batch * rows + _kept_once(maths)
+def kept_block(maths: BlockMaths, tokens: int, batch: int = 1, *, everything: bool = False) -> int:
+    """Bytes that a block holds from forward to backward if it is kept, its input included.
+
+    A compiled one holds products, or `everything` (`saving.py`).
+    """
+    products = maths.compiled and not everything
+    rows = tokens * _kept_per_token(maths, products) + _kept_of_text(maths, products)
+    return recomputed_block(maths, tokens, batch) + batch * rows + (0 if products else _kept_once(maths))
+
+
+def attention_per_token(maths: BlockMaths) -> int:
+    """Bytes a token of the results of a block's two attentions, with what their backward needs beside them."""
+    return 2 * (maths.sizes.dim * maths.compute.itemsize + 4 * maths.sizes.num_heads)
 
 
 def workspace(maths: BlockMaths, tokens: int, batch: int = 1) -> int:
@@ -79,44 +88,58 @@ def workspace(maths: BlockMaths, tokens: int, batch: int = 1) -> int:
 
 
 def step_peak(
-    maths: BlockMaths, tokens: int, batch: int = 1, *, num_kept: int = 0, gradients: int = 0, accumulates: bool = False
+    maths: BlockMaths,
+    tokens: int,
+    batch: int = 1,
+    *,
+    num_kept: int = 0,
+    attention: int = 0,
+    everything: bool = False,
+    gradients: int = 0,
+    accumulates: bool = False,
 ) -> int:
-    """Bytes that a step needs beyond what rests on the card, with `num_kept` blocks kept and the others recomputed.
+    """Bytes that a step needs beyond what rests on the card, with `num_kept` blocks kept and the others recomputed,
+    of which `attention` keep the result of attention. `everything`: see `kept_block`.
 
     The kept blocks are the last ones (`checkpointing.py`): backward has let go of one by the time that another is made
     again, so the first that is kept costs nothing. `gradients` are the bytes of the adapters' gradients. They grow
     while what blocks hold is let go, so only the larger of both counts, unless gradients of an earlier batch are there
     from the start (`accumulates`).
     """
-    kept, held = kept_block(maths, tokens, batch), recomputed_block(maths, tokens, batch)
+    kept = kept_block(maths, tokens, batch, everything=everything)
+    held = recomputed_block(maths, tokens, batch)
+    more = batch * tokens * attention_per_token(maths)
     num_recomputed = maths.sizes.num_layers - num_kept
-    at_the_turn = num_kept * kept + num_recomputed * held + (0 if num_kept else kept - held)
+    at_the_turn = num_kept * kept + num_recomputed * held + attention * more
+    if not num_kept:
+        at_the_turn += kept - held - (more if attention else 0)
     at_the_end = kept if num_recomputed else held
     most = max(at_the_turn, at_the_end) + gradients if accumulates else max(at_the_turn, at_the_end + gradients)
     return most + workspace(maths, tokens, batch)
 
 
-def _kept_per_token(maths: BlockMaths) -> int:
+def _kept_per_token(maths: BlockMaths, products: bool) -> int:
     """Bytes a video token that a kept block holds beyond its input.
 
     In units of the compute dtype and the width of the stream: queries, keys, values and the result of self attention,
-    queries and result of cross attention (6), and the inputs of the adapters of q, k and v, of the cross query and of
-    the feed-forward network. The feed-forward width twice: before the activation and, for an adapter, behind it. Then
-    what the norms and sums in float32 read: eager code has their float32 inputs, a compiled graph makes most of them
-    again from 16-bit results.
+    queries and result of cross attention (6). A block that holds `products` has the two output projections besides, one
+    matrix of the feed-forward width, and makes all else again. Others have the inputs of the adapters of q, k and v, of
+    the cross query and of the feed-forward network, the feed-forward width twice (before the activation and, for an
+    adapter, behind it), and what norms and sums in float32 read.
     """
     dim, wide, item = maths.sizes.dim, maths.sizes.ffn_dim, maths.compute.itemsize
     adapted = set(maths.adapted)
-    inputs = [{"self_attn.q", "self_attn.k", "self_attn.v"}, {"cross_attn.q"}, {"ffn.0"}]
-    products = 6 + sum(bool(adapted & layers) for layers in inputs)
-    narrow = products * item + _stream_and_norms(maths)
     ranks = maths.rank * len(adapted - set(_TEXT_LAYERS)) * item
     statistics = 4 * (9 + 2 * maths.sizes.num_heads)  # of norms and of both attentions
+    if products:
+        return item * (8 * dim + wide) + ranks + statistics
+    inputs = [{"self_attn.q", "self_attn.k", "self_attn.v"}, {"cross_attn.q"}, {"ffn.0"}]
+    narrow = item * (6 + sum(bool(adapted & layers) for layers in inputs)) + _stream_and_norms(maths)
     return dim * narrow + wide * item * (1 + ("ffn.2" in adapted)) + ranks + statistics
 
 
 def _stream_and_norms(maths: BlockMaths) -> int:
-    """Bytes a token and element of the stream that norms, modulation and sums hold."""
+    """Bytes a token and element of the stream that norms, modulation and sums hold, unless they are made again."""
     if maths.compiled:
         # Three queries and keys before their norm and one update in 16 bits; the stream between two updates.
         return 4 * maths.compute.itemsize + maths.residual.itemsize
@@ -124,11 +147,12 @@ def _stream_and_norms(maths: BlockMaths) -> int:
     return 3 * maths.compute.itemsize + 4 * (2 if maths.residual == torch.float32 else 3)
 
 
-def _kept_of_text(maths: BlockMaths) -> int:
-    """Bytes of a text: keys and values of all rows; of computed ones keys before their norm and rank activations."""
+def _kept_of_text(maths: BlockMaths, products: bool) -> int:
+    """Bytes of a text: values of all rows, and keys unless they are made again from those of computed rows before their
+    norm; rank activations of these."""
     adapters = len(set(maths.adapted) & set(_TEXT_LAYERS)) * maths.rank
-    keys_and_values = maths.sizes.text_len * 2 * maths.sizes.dim
-    return maths.compute.itemsize * (keys_and_values + maths.text_rows * (maths.sizes.dim + adapters))
+    written_out = (1 if products else 2) * maths.sizes.text_len * maths.sizes.dim
+    return maths.compute.itemsize * (written_out + maths.text_rows * (maths.sizes.dim + adapters))
 
 
 def _kept_once(maths: BlockMaths) -> int:

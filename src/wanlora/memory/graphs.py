@@ -33,7 +33,7 @@ class CardGraphs:
     """Records and replays work on one card."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self.outside = 0
         """Bytes of the card that graphs have taken outside of the allocator; the driver keeps them for the next."""
         self._pool: torch.cuda.MemPool | None = None
@@ -117,6 +117,6 @@ class CardGraphs:
         """End what a recording that failed has left begun: the routing of memory and the generator's recording."""
         assert self._pool is not None
         with suppress(RuntimeError):  # it had been ended
-            torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool.id)
-        generator = torch.cuda.default_generators[self.device.index or 0]
+            torch._C._cuda_endAllocateToPool(self.device.index, self._pool.id)
+        generator = torch.cuda.default_generators[self.device.index]
         generator.graphsafe_set_state(torch.Generator(self.device).graphsafe_get_state())

@@ -14,6 +14,11 @@ block on. Two passes with different k > 1 give the slope itself: three or four p
 most that fits, from below. A pass that is found above the limit takes back blocks by the same rule; the second time
 they stay taken back.
 
+Compiled blocks can do half: keep the result of attention and recompute the rest. That spares more time for its bytes
+than keeping everything, and its bytes are known, so where not all blocks can be kept it comes first, for as many as
+fit. What such a block holds is then x and these bytes. Where all blocks are kept and what they hold
+could be twice as much, they hold what the compiler likes best, which is less than that.
+
 Where nothing can be measured (a CPU) nothing is chosen.
 """
 
@@ -24,6 +29,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from wanlora.foundation.log import log
+from wanlora.memory.checkpointing import KEEPS_NOTHING, Kept
 from wanlora.memory.measure import GIB, Meter
 
 _AFTER_FAILURE = 0.95
@@ -31,6 +37,10 @@ _AFTER_FAILURE = 0.95
 _AFTER_RETRY = 0.98
 _FIRST_ON_THE_LINE = 2
 """From so many kept blocks on, what a pass needs grows in a line: before, recomputing one block needs as much."""
+_SHARE = 0.5
+"""A block that is kept takes about this part of what the first pass allows it."""
+_MOST_OF_EVERYTHING = 2
+"""A pass whose blocks hold everything needs at most so many times as much as if they held products."""
 _CAUTION = 1.05
 _LOWEST = 0.85
 """The limit is never lowered below this part of the first for the allocator's sake."""
@@ -41,15 +51,23 @@ class _Size:
     """What is known of one size of input."""
 
     input_bytes: int
+    attention_bytes: int
+    """Of the result of attention of a block; 0: it cannot be kept alone."""
     kept: int
     ceiling: int
     """More than this has turned out not to fit."""
+    attention_ceiling: int
     chosen: bool
     """Measurements decide; otherwise `kept` stands until memory runs out."""
     need: int | None = None
     """Bytes that the last pass needed beyond what was there before it, with `kept` blocks kept."""
     passes: int = 0
     """Passes in a row with the same number kept."""
+    attention: int = 0
+    """Recomputed blocks that keep the result of attention."""
+    everything: bool = False
+    """Blocks that are kept hold what the compiler likes best."""
+    may_hold_everything: bool = False
     returns: int = 0
     """How often blocks were taken back."""
     before: tuple[int, int] = (0, 0)
@@ -61,6 +79,10 @@ class _Size:
         """Set `kept` by the last pass and the bytes that a pass may need now."""
         if self.need is None:
             return
+        if self.everything:
+            self._take_back_everything(room)
+            return
+        self._choose_attention(room, num_inputs)
         wanted = min(max(self.kept + (room - self.need) // self._each(num_inputs), 0), self.ceiling)
         if wanted < self.kept:
             self.returns += 1
@@ -68,12 +90,34 @@ class _Size:
         if wanted != self.kept:
             self.before = (self.kept, self.need)
             self.passes = 0
+        elif wanted == self.ceiling and self.may_hold_everything and _MOST_OF_EVERYTHING * self.need <= room:
+            self.everything, self.passes = True, 0
         self.kept = wanted
+
+    def _take_back_everything(self, room: int) -> None:
+        if self.need is not None and self.need > room:
+            self.everything = self.may_hold_everything = False
+            self.need, self.passes = None, 0
+
+    def _choose_attention(self, room: int, num_inputs: int) -> None:
+        """Keep attention in as many blocks as its bytes allow, where not all blocks can be kept whole."""
+        assert self.need is not None
+        spare = room - self.need
+        if self.kept or not self.attention_bytes or spare > _SHARE * self.ceiling * self._each(num_inputs):
+            return
+        wanted = min(max(self.attention + spare // self.attention_bytes, 0), self.attention_ceiling)
+        if wanted == self.attention:
+            return
+        if wanted < self.attention:
+            self.attention_ceiling = wanted
+        self.need += (wanted - self.attention) * self.attention_bytes
+        self.attention, self.passes = wanted, 0
 
     def _each(self, num_inputs: int) -> int:
         """Bytes that one block more will need at most."""
         assert self.need is not None
-        bound = max((self.need - num_inputs * self.input_bytes) // max(self.kept, 1), 1)
+        held = num_inputs * self.input_bytes + self.attention * self.attention_bytes
+        bound = max((self.need - held) // max(self.kept, 1), 1)
         self.least = each = min(bound, self.least or bound)
         kept, need = self.before
         if kept < _FIRST_ON_THE_LINE or kept == self.kept:
@@ -85,8 +129,9 @@ class Keeping:
     """The `keep` of `Recompute`. Inside `step` and `batch` it measures and chooses; elsewhere everything is recomputed.
 
     `num_optional` of `num_blocks` may be kept; recomputation holds `num_inputs` block inputs on the card. `limit` bytes
-    may be allocated in all, and one pass may take `activations` of them. `everything`: all blocks are kept until memory
-    runs out once. Without a `meter` nothing is chosen.
+    may be allocated in all, and one pass may take `activations` of them. `attention` bytes a token are what a block
+    holds of attention if it keeps that alone; 0: it cannot. `everything`: all blocks are kept until memory runs out
+    once. Without a `meter` nothing is chosen.
     """
 
     def __init__(
@@ -98,6 +143,7 @@ class Keeping:
         limit: int = 0,
         activations: int | None = None,
         num_inputs: int | None = None,
+        attention: int = 0,
         everything: bool = False,
     ) -> None:
         self.num_optional = num_optional
@@ -108,6 +154,7 @@ class Keeping:
         self.num_inputs = num_blocks if num_inputs is None else num_inputs
         self.aside = 0
         """Bytes below the limit that passes must leave, because they could not be given back in time."""
+        self.attention = attention
         self._everything_below: float = float("inf") if everything else 0
         """Inputs of this many bytes have run out of memory with everything kept."""
         self._sizes: dict[tuple[int, ...], _Size] = {}
@@ -116,20 +163,23 @@ class Keeping:
         self._baseline = 0
         self._said: dict[str, int] = {}
 
-    def __call__(self, x: Tensor) -> int:
-        """How many blocks keep what they compute from this residual stream [B, L, D]."""
+    def __call__(self, x: Tensor) -> Kept:
+        """What blocks keep of what they compute from this residual stream [B, L, D]."""
         if not self._watching:
-            return self.num_optional if self._everything_below == float("inf") else 0
+            return Kept(self.num_optional if self._everything_below == float("inf") else 0)
         if self._active is None:
             self._active = self._size_of(x)
             if self._active.chosen:
                 self._active.choose(self._room(), self.num_inputs)
-        return self.num_kept if self._active is self._size_of(x) else 0
+        return self.kept if self._active is self._size_of(x) else KEEPS_NOTHING
 
     @property
-    def num_kept(self) -> int:
-        """Blocks that keep what they compute in the pass at hand, or did in the last one."""
-        return min(self._active.kept, self.num_optional) if self._active else 0
+    def kept(self) -> Kept:
+        """What is kept in the pass at hand, or was in the last one."""
+        if self._active is None:
+            return KEEPS_NOTHING
+        blocks = min(self._active.kept, self.num_optional)
+        return Kept(blocks, min(self._active.attention, self.num_optional - blocks), self._active.everything)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -151,17 +201,16 @@ class Keeping:
         finally:
             self._watching = False
 
-    def give_up(self) -> int:
+    def give_up(self) -> Kept:
         """After memory ran out in a pass: let the next one of this size recompute everything.
 
-        How many blocks had been kept; with 0 nothing could be done.
+        What had been kept; if it was nothing, nothing could be done.
         """
-        size = self._active
-        if size is None or self.num_kept == 0:
-            return 0
-        given_up = self.num_kept
+        size, given_up = self._active, self.kept
+        if size is None or given_up == KEEPS_NOTHING:
+            return KEEPS_NOTHING
         if size.chosen:
-            size.ceiling = size.kept - 1
+            size.ceiling = size.kept - 1 if size.kept else size.ceiling
         else:
             self._everything_below = min(self._everything_below, size.input_bytes)
         if self.meter:
@@ -169,7 +218,10 @@ class Keeping:
         for other in self._sizes.values():
             if not other.chosen and other.input_bytes >= self._everything_below:
                 other.chosen, other.kept, other.need = True, 0, None
-        size.kept, size.need, size.passes = 0, None, 0
+        if size.attention and not size.kept:
+            size.attention_ceiling = size.attention - 1
+        size.everything = size.may_hold_everything = False
+        size.kept, size.attention, size.need, size.passes = 0, 0, None, 0
         return given_up
 
     def _size_of(self, x: Tensor) -> _Size:
@@ -179,8 +231,11 @@ class Keeping:
             everything = num_bytes < self._everything_below
             self._sizes[key] = _Size(
                 input_bytes=num_bytes,
+                attention_bytes=x.shape[0] * x.shape[1] * self.attention,
+                may_hold_everything=self.attention > 0,
                 kept=self.num_optional if everything else 0,
                 ceiling=self.num_optional,
+                attention_ceiling=self.num_optional,
                 chosen=not everything,
             )
         return self._sizes[key]
@@ -200,7 +255,10 @@ class Keeping:
             self.limit = max(int(_AFTER_RETRY * self.limit), int(_LOWEST * self._first_limit))
         if size.passes == 2 and self._said.get(label) != size.kept:
             self._said[label] = size.kept
+            attention = self.kept.attention
+            half = f", {attention} the result of attention" if attention else ""
+            others = ", the others are recomputed" if size.kept + attention < self.num_blocks else ""
             log.info(
-                f"{label}: {size.kept} of {self.num_blocks} blocks keep what they computed, the others are recomputed; "
+                f"{label}: {size.kept} of {self.num_blocks} blocks keep what they computed{half}{others}; "
                 f"peak {peak / GIB:.1f} of {self.limit / GIB:.1f} GiB"
             )

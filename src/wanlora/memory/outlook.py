@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from wanlora.memory.cards import Card, step_seconds
+from wanlora.memory.checkpointing import KEEPS_NOTHING, Kept
 from wanlora.memory.flops import Flops, step_flops
 from wanlora.memory.footprint import BlockMaths, kept_block, recomputed_block, step_peak, workspace
 from wanlora.memory.resting import WeightFormats, block_weights, linear_sizes, outer_weights, transposed_weights
@@ -65,9 +66,14 @@ class Outlook:
         return min(self.num_blocks, self.swapped + self.ring) if self.swapped else 0
 
     @property
-    def kept(self) -> int:
-        """Blocks that keep what they compute."""
-        return 0 if self.recompute else self.num_blocks - self.streamed
+    def optional(self) -> int:
+        """Blocks that need not be recomputed: streamed ones have to be, unless they are compiled."""
+        return self.num_blocks if self.maths.compiled else self.num_blocks - self.streamed
+
+    @property
+    def kept(self) -> Kept:
+        """What blocks keep before memory is looked at."""
+        return Kept(0 if self.recompute else self.optional)
 
     @property
     def host(self) -> int:
@@ -94,22 +100,24 @@ class Outlook:
         """Bytes that a step adds at its peak, by what holds them."""
         tokens, batch = load.tokens, load.batch
         work = workspace(self.maths, tokens, batch)
-        if self.kept < self.num_blocks:
+        if self.kept.blocks < self.num_blocks:
             work += kept_block(self.maths, tokens, batch) - recomputed_block(self.maths, tokens, batch)
         work = min(work, self._peak(load))
         return {"held for backward": max(self._peak(load), self._update()) - work, "one block at work": work}
 
-    def peak(self, load: Load, kept: int | None = None) -> int:
-        """Bytes that tensors hold at most while a batch is trained on, with so many blocks kept (default: `kept`)."""
+    def peak(self, load: Load, kept: Kept | None = None) -> int:
+        """Bytes that tensors hold at most while a batch is trained on, with so much kept (default: `kept`)."""
         return sum(self.resting().values()) + max(self._peak(load, kept), self._update())
 
-    def most_kept(self, load: Load, room: int) -> int:
-        """Of the blocks that stay on the card, how many can keep what they compute within `room` bytes."""
-        resident = self.num_blocks - self.streamed
-        peaks = (replace(self, recompute=True)._peak(load, kept) for kept in range(resident, 0, -1))
+    def most_kept(self, load: Load, room: int) -> Kept:
+        """The most that can be kept within `room` bytes: all blocks, else attention first and then blocks."""
         spare = room - sum(self.resting().values())
         spare = spare if self.activations is None else min(spare, self.activations)
-        return next((resident - index for index, peak in enumerate(peaks) if peak <= spare), 0)
+        choices = [Kept(blocks) for blocks in range(self.optional, 0, -1)]
+        if self.maths.compiled:
+            choices[1:] = [Kept(blocks, self.optional - blocks) for blocks in range(self.optional - 1, 0, -1)]
+            choices += [Kept(0, attention) for attention in range(self.optional, 0, -1)]
+        return next((kept for kept in choices if self._peak(load, kept) <= spare), KEEPS_NOTHING)
 
     def offloaded(self, load: Load) -> int:
         """Bytes of system memory that the inputs of recomputed blocks take."""
@@ -117,37 +125,40 @@ class Outlook:
             return 0
         return self.num_blocks * recomputed_block(self.maths, load.tokens, load.batch)
 
-    def flops(self, load: Load, *, kept: int) -> Flops:
-        """Operations of a step over one batch with `kept` blocks that are not recomputed."""
+    def flops(self, load: Load, *, kept: Kept) -> Flops:
+        """Operations of a step over one batch of which so much is kept."""
         return step_flops(
             self.maths.sizes,
             load.tokens,
             load.batch,
             text_rows=self.maths.text_rows,
-            recomputed=self.num_blocks - kept,
+            recomputed=self.num_blocks - kept.blocks,
+            attention_kept=kept.attention,
             trained=self.trained,
         )
 
-    def seconds(self, load: Load, card: Card, *, kept: int) -> float:
+    def seconds(self, load: Load, card: Card, *, kept: Kept) -> float:
         """About how long such a step takes."""
         block = block_weights(self.maths.sizes, self.formats)
         return step_seconds(
             card,
             self.flops(load, kept=kept),
-            widened=(3 * self.num_blocks - kept) * self._widened(),
+            widened=(3 * self.num_blocks - kept.blocks) * self._widened(),
             copied=2 * (self.streamed - min(self.ring, self.streamed)) * block + 2 * self.offloaded(load),
             compiled=self.maths.compiled,
             fp8_products=self.fp8_products,
         )
 
-    def _peak(self, load: Load, kept: int | None = None) -> int:
+    def _peak(self, load: Load, kept: Kept | None = None) -> int:
         """Bytes of forward and backward."""
-        number = self.kept if kept is None else kept
+        number, attention, everything = self.kept if kept is None else kept
         peak = step_peak(
             self.maths,
             load.tokens,
             load.batch,
             num_kept=number,
+            attention=attention,
+            everything=everything,
             gradients=4 * self.trained,
             accumulates=self.accumulates,
         )

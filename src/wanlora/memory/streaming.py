@@ -10,16 +10,19 @@ from the top down, so the ring keeps its contents at the turn and starts the way
 next step's forward begins. Without gradients (previews, validation) forward follows forward. A wrong guess costs a
 copy and never a wrong result. With S streamed blocks and a ring of R, a training step makes 2 (S - R) copies.
 
-Streamed blocks must be recomputed in backward (`checkpointing.py`): what autograd kept would lie in a buffer that has
-since been refilled. The model knows nothing of all this: hooks before each block do it, and they fire in
-recomputation too.
+Backward announces each block too, so its weights are there whether it is recomputed or has kept what it computed. But
+what autograd has saved of a streamed block may be its weights themselves, which are looked up where they are by then,
+and no view of them: that would show a buffer that has since been refilled. Blocks of plain autograd save such views and
+must be recomputed (`checkpointing.py`); compiled ones do not, which `watched` makes sure of. The model knows nothing of
+all this: hooks around each block do it, and they fire in recomputation too.
 
 Order of use: load (streamed blocks on the host, see `placement.py`), quantise, freeze, adapt, `attach`, compile.
 Weights must not be moved or replaced between `attach` and `detach`; adapters, which are trained, stay on the device
 untouched.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -49,6 +52,20 @@ def needed_next(streamed: Sequence[int], index: int, *, rising: bool, turns: boo
     return list(dict.fromkeys([*ahead, *after]))[:count]
 
 
+class _Announced(torch.autograd.Function):
+    """Passes a block's output on, and says so before that block's backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, announce: Callable[[], None]) -> Tensor:
+        ctx.announce = announce
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.announce()
+        return grad, None
+
+
 class _Slot:
     """A device buffer and what it holds."""
 
@@ -64,8 +81,8 @@ class BlockStream:
     """Streams `num_streamed` of `blocks` to `device`.
 
     `streamed_indexes` names them. Counters since the start: `copies` and `copied_bytes` host to device, `waits` uses of
-    a streamed block, `misses` uses whose copy had not even been queued. Raises `MemoryPlanError` if there are fewer
-    blocks than `num_streamed`.
+    a streamed block that follow one of another, `misses` uses whose copy had not even been queued. Raises
+    `MemoryPlanError` if there are fewer blocks than `num_streamed`.
     """
 
     def __init__(
@@ -143,11 +160,11 @@ class BlockStream:
     def _start(self) -> None:
         """Make the ring and watch the blocks; nothing without streamed blocks."""
         self._ring = self._make_ring()
-        self._hooks = [
-            block.register_forward_pre_hook(partial(self._before_block, index), prepend=True)
-            for index, block in enumerate(self.blocks)
-            if self._masters
-        ]
+        if not self._masters:
+            return
+        for index, block in enumerate(self.blocks):
+            self._hooks.append(block.register_forward_pre_hook(partial(self._before_call, index), prepend=True))
+            self._hooks.append(block.register_forward_hook(partial(self._after_call, index)))
 
     def _stop(self) -> None:
         """Undo `_start`: streamed blocks look at their masters."""
@@ -181,14 +198,42 @@ class BlockStream:
             slot.free = self._transfers.mark()  # the memory may still be read by what had it before
         return ring
 
-    def _before_block(self, index: int, block: nn.Module, args: tuple[Any, ...]) -> None:
-        """Make block `index` ready and queue the copies of those that follow."""
+    @contextmanager
+    def watched(self, block: nn.Module) -> Iterator[None]:
+        """Inside, `block` may keep what its backward needs. Raises `RuntimeError` if that is a view of its weights."""
+        master = next((self._masters[index] for index in self._masters if self.blocks[index] is block), None)
+        if master is None:
+            yield
+            return
+        weights = {id(tensor) for tensor in master.tensors}
+        memory = {slot.buffer.untyped_storage().data_ptr() for slot in self._ring}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage().data_ptr() in memory and id(tensor) not in weights:
+                raise RuntimeError("a view of a streamed weight was saved for backward; use --activation_memory off")
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+
+    def _before_call(self, index: int, block: nn.Module, args: tuple[Any, ...]) -> None:
+        self._prepare(index, turns=torch.is_grad_enabled())
+
+    def _after_call(self, index: int, block: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        """The block's output, whose backward begins with that block's weights."""
+        announced: Tensor = (
+            _Announced.apply(out, partial(self._prepare, index, turns=True)) if out.requires_grad else out
+        )
+        return announced
+
+    def _prepare(self, index: int, *, turns: bool) -> None:
+        """Make block `index` ready and queue the copies of those that follow; `turns` is `needed_next`'s."""
+        if self._in_use is not None and self._in_use.block == index:
+            return
         self._release()
         if index != self._last_index:
             self._rising, self._last_index = index > self._last_index, index
-        needed = needed_next(
-            self.streamed_indexes, index, rising=self._rising, turns=torch.is_grad_enabled(), count=self.ring_size
-        )
+        needed = needed_next(self.streamed_indexes, index, rising=self._rising, turns=turns, count=self.ring_size)
         held = {slot.block for slot in self._ring}
         self.misses += index in self._masters and index not in held
         for wanted in needed:

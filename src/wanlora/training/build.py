@@ -1,8 +1,9 @@
 """Everything that is trained, put together in the one order that works.
 
-Load (merging adapters into each tensor, then quantising it), freeze, adapt, recompute, stream, compile. Merging has to
+Load (merging adapters into each tensor, then quantising it), freeze, adapt, stream, compile, recompute. Merging has to
 see weights before they are quantised; adapters have to wrap layers that are already quantised; streaming has to know
-which tensors are trained and must not leave the device; compiling has to see the final modules.
+which tensors are trained and must not leave the device; compiling has to see the final modules; what may be kept
+instead of recomputed depends on both.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from wanlora.lora.network import LoRANetwork, inject
 from wanlora.lora.targets import candidates
 from wanlora.memory.checkpointing import Recompute
 from wanlora.memory.compile import compile_blocks, importing_compiler, missing_compiler
+from wanlora.memory.footprint import BlockMaths, attention_per_token
 from wanlora.memory.keeping import Keeping
 from wanlora.memory.limit import CardLimit
 from wanlora.memory.measure import GIB, CudaMeter, is_out_of_memory
@@ -71,8 +73,6 @@ def build_trainee(
     start.lap("weights")
     network = _adapt(config.network, prepared, model, device, streams)
     start.lap("adapters")
-    model.run_block = recompute = _runner(config.memory, model, streamed)
-    recompute.keep = keeping = choose_keeping(config.memory, recompute, device, card)
     stream = None
     if streamed or device.type == "cuda":  # where memory runs out, more blocks may be streamed than at first
         stream = BlockStream(
@@ -81,6 +81,8 @@ def build_trainee(
         stream.attach()
     if compiles:
         _compile(config.memory, model)
+    model.run_block = recompute = _runner(config.memory, model, stream)
+    recompute.keep = keeping = choose_keeping(config.memory, recompute, device, card, _attention_bytes(model))
     model.train()
     start.lap("blocks")
     return Trainee(model=model, network=network, stream=stream, recompute=recompute, keeping=keeping, dtype=dtype)
@@ -245,11 +247,20 @@ def _adapt(
     return network
 
 
-def _runner(config: MemoryConfig, model: WanTransformer, streamed: int) -> Recompute:
-    if streamed and not config.gradient_checkpointing:
-        say_once(f"{streamed} streamed blocks are recomputed in backward: their weights have left the card by then")
-    required = streamed_indexes(len(model.blocks), streamed)
-    return Recompute(list(model.blocks), required=required, offload=config.gradient_checkpointing_cpu_offload)
+def _runner(config: MemoryConfig, model: WanTransformer, stream: BlockStream | None) -> Recompute:
+    made = Recompute(list(model.blocks), stream=stream, offload=config.gradient_checkpointing_cpu_offload)
+    required = len(model.blocks) - len(made.optional)
+    if required and not config.gradient_checkpointing:
+        say_once(
+            f"{required} streamed blocks are recomputed in backward: their weights have left the card by then "
+            "(compiled blocks would not need that)"
+        )
+    return made
+
+
+def _attention_bytes(model: WanTransformer) -> int:
+    """What a block holds a token if it keeps the result of attention and nothing else beyond its input."""
+    return attention_per_token(BlockMaths(sizes=model.sizes, compute=model.compute_dtype))
 
 
 def activation_bytes(config: MemoryConfig) -> int | None:
@@ -258,7 +269,9 @@ def activation_bytes(config: MemoryConfig) -> int | None:
     return {"auto": None, "off": 0}[amount] if isinstance(amount, str) else int(amount * GIB)
 
 
-def choose_keeping(config: MemoryConfig, recompute: Recompute, device: torch.device, card: CardLimit | None) -> Keeping:
+def choose_keeping(
+    config: MemoryConfig, recompute: Recompute, device: torch.device, card: CardLimit | None, attention: int
+) -> Keeping:
     """Which blocks are let off: those that fit, none, or without --gradient_checkpointing all while memory suffices."""
     num_optional, num_blocks = len(recompute.optional), len(recompute.blocks)
     everything = not config.gradient_checkpointing
@@ -274,6 +287,7 @@ def choose_keeping(config: MemoryConfig, recompute: Recompute, device: torch.dev
         limit=card.allocated,
         activations=activation_bytes(config),
         num_inputs=0 if recompute.offload else num_blocks,
+        attention=attention if recompute.chooses else 0,
         everything=everything,
     )
 

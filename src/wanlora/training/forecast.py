@@ -15,6 +15,7 @@ from wanlora.data.order import fixed_batches
 from wanlora.data.plan import DataPlan
 from wanlora.foundation.log import log
 from wanlora.foundation.shapes import LatentShape, PixelShape
+from wanlora.memory.checkpointing import KEEPS_NOTHING, Kept
 from wanlora.memory.measure import GIB
 from wanlora.memory.outlook import Load, Outlook
 from wanlora.training.plan_report import duration
@@ -50,10 +51,10 @@ class Measured:
     sizes: Sequence[Size]
     """Of its batches on this process."""
     seconds: float
+    kept: Kept = KEEPS_NOTHING
+    """What was kept in the last batch."""
     peak: float | None = None
     """GiB; None where nothing can be asked."""
-    kept: int = 0
-    """Blocks that kept what they computed in the last batch."""
     streamed: int = 0
     """Blocks that were streamed."""
     transposed: bool = False

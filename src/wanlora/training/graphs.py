@@ -1,10 +1,10 @@
 """Which passes are replayed as CUDA graphs: those that the card could do faster than the host can queue them.
 
 Small sizes leave the card waiting for the host, which queues thousands of kernels one by one. Every pass is therefore
-timed twice, on the host while it is queued and on the card from its first kernel to its last. A card that
-is done as soon as the last kernel is queued has been waiting for the host. A size of which that was seen twice in
-a row, with nothing recomputed and nothing compiled, is recorded (`memory/graphs.py`) and replayed from then on. Large
-sizes never are: there the card is behind, by a tenth of the pass or more.
+timed twice, on the host while it is queued and on the card from its first kernel to its last. A card that is done as
+soon as the last kernel is queued has been waiting for the host. A size of which that was seen twice in a row, with
+nothing streamed, recomputed by a second call or compiled, is recorded (`memory/graphs.py`) and replayed from then on.
+Large sizes never are: there the card is behind, by a tenth of the pass or more.
 
 The numbers are those of the pass that was recorded. Inputs are copied into the graph's own; loss and gradient are added
 to tensors outside of it; dropout draws from the generator that is seeded before each pass, replayed or not.
@@ -81,7 +81,7 @@ class _Watched:
     seconds: float
     """Of the host."""
     settled: bool
-    """Nothing was recomputed or compiled."""
+    """Nothing was streamed, recomputed by a second call, or compiled."""
 
 
 class Replays:
@@ -188,13 +188,22 @@ class Replays:
 
     def _watch(self, work: Pass, inputs: Inputs, key: Hashable) -> None:
         """Compute a pass kernel by kernel, and time it."""
-        before = (self.recompute.recomputed, compilations())
+        before = self._by_the_host()
         began, start = self.card.mark(), self.clock()
         self.card.run(partial(work, inputs))
         seconds, ended = self.clock() - start, self.card.mark()
         self._watched.append(
-            _Watched(key, began, ended, seconds, before == (self.recompute.recomputed, compilations()))
+            _Watched(key, began, ended, seconds, before == self._by_the_host() and not self._streams())
         )
+
+    def _by_the_host(self) -> tuple[int, int, int]:
+        """Counts what no graph could hold: calls of the host in the middle of backward, and compilations."""
+        recompute = self.recompute
+        return recompute.recomputed, recompute.attention_kept if recompute.offload else 0, compilations()
+
+    def _streams(self) -> bool:
+        """Whether weights change their place during a pass."""
+        return self.recompute.stream is not None and bool(self.recompute.stream.streamed_indexes)
 
 
 def choose_replays(

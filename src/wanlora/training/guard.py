@@ -20,7 +20,7 @@ import torch
 from wanlora.data.dataset import Batch
 from wanlora.foundation.log import log
 from wanlora.foundation.shapes import LatentShape
-from wanlora.memory.checkpointing import Recompute
+from wanlora.memory.checkpointing import Kept, Recompute
 from wanlora.memory.host import available_host_memory
 from wanlora.memory.keeping import Keeping
 from wanlora.memory.masters import frozen_tensors
@@ -84,9 +84,9 @@ class MemoryGuard:
         """As they were when memory ran out and nothing was left to be done."""
 
     @property
-    def num_kept(self) -> int:
-        """Blocks that kept what they computed in the pass at hand."""
-        return self.keeping.num_kept
+    def kept(self) -> Kept:
+        """What was kept in the pass at hand."""
+        return self.keeping.kept
 
     def run(self, passes: Callable[[], Result], drop: Callable[[], None]) -> Result:
         """What `passes` returns, which must repeat exactly; `drop` undoes what an attempt that failed has left."""
@@ -127,8 +127,10 @@ class MemoryGuard:
         if self.transposed.are_kept:
             return self._drop_transposed
         given_up = self.keeping.give_up()
-        if given_up:
-            return partial(self._say, f"{given_up} blocks that kept what they computed are recomputed")
+        if given_up.blocks:
+            return partial(self._say, f"{given_up.blocks} blocks that kept what they computed are recomputed")
+        if given_up.attention:
+            return partial(self._say, "blocks that kept the result of attention are recomputed as a whole")
         stream, recompute = self.stream, self.recompute
         if stream is None or recompute is None or stream.num_resident == 0:
             return None
@@ -144,7 +146,7 @@ class MemoryGuard:
 
     def _stream_more(self, stream: BlockStream, recompute: Recompute, count: int) -> None:
         more = stream.stream_more(count)
-        recompute.require(stream.streamed_indexes)
+        recompute.refresh()
         self.keeping.num_optional = len(recompute.optional)
         swapped = len(stream.streamed_indexes) - stream.ring_size
         self._say(f"{more} blocks more wait in system memory until they are due, as with --blocks_to_swap {swapped},")

@@ -154,7 +154,7 @@ class Trainer:
             sizes=[Size(item.batch.pixels, len(item.batch.names)) for item in work.share],
             seconds=taken["seconds"],
             peak=taken.get("memory/peak_gib"),
-            kept=self.step.guard.num_kept,
+            kept=self.step.guard.kept,
             streamed=len(stream.streamed_indexes) if stream else 0,
             transposed=self.step.guard.transposed.are_kept,
         )

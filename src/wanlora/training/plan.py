@@ -16,6 +16,7 @@ from wanlora.foundation.dtypes import parse_dtype
 from wanlora.foundation.shapes import LatentShape, PixelShape
 from wanlora.foundation.tensor_files import open_tensors
 from wanlora.memory.cards import Card
+from wanlora.memory.checkpointing import Kept
 from wanlora.memory.footprint import ADAPTABLE, BlockMaths
 from wanlora.memory.outlook import Load, Outlook, cures
 from wanlora.memory.previews import decoder_bytes, sampling_bytes, text_encoder_bytes
@@ -67,8 +68,8 @@ class BucketPlan:
     load: Load
     peak: int
     """Bytes on the card."""
-    kept: int
-    """Blocks that need not be recomputed."""
+    kept: Kept
+    """What need not be recomputed."""
     flops: float
     """Of a batch."""
     seconds: float | None

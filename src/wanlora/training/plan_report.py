@@ -51,18 +51,19 @@ def _row(bucket: BucketPlan) -> tuple[str, ...]:
         str(bucket.load.tokens * bucket.batch),
         f"{bucket.flops / 1e15:.2f}",
         _gib(bucket.peak),
-        str(bucket.kept),
+        f"{bucket.kept.blocks}+{bucket.kept.attention}" if bucket.kept.attention else str(bucket.kept.blocks),
         seconds,
     )
 
 
 def _legend(plan: RunPlan) -> Iterator[str]:
     outlook = plan.outlook
-    blocks = "every block" if not outlook.kept else f"{outlook.num_blocks - outlook.kept} blocks"
-    needs = (
-        f"needs: with {blocks} recomputed in backward" if outlook.kept < outlook.num_blocks else "needs: at the peak"
-    )
+    whole = outlook.kept.blocks
+    blocks = f"{outlook.num_blocks - whole} blocks" if whole else "every block"
+    needs = f"needs: with {blocks} recomputed in backward" if whole < outlook.num_blocks else "needs: at the peak"
     kept = f"; kept: blocks of {outlook.num_blocks} that the rest of the memory spares from it"
+    if any(bucket.kept.attention for bucket in plan.buckets):
+        kept += ", + blocks that keep the result of attention"
     yield f"  ({needs}{kept if plan.target.room is not None and outlook.recompute else ''})"
 
 
@@ -220,7 +221,8 @@ def _bucket_record(plan: RunPlan, bucket: BucketPlan) -> dict[str, Any]:
         "tokens_per_sample": bucket.load.tokens,
         "flops": bucket.flops,
         "peak_bytes": bucket.peak,
-        "blocks_kept": bucket.kept,
+        "blocks_kept": bucket.kept.blocks,
+        "attention_kept": bucket.kept.attention,
         "seconds": bucket.seconds,
         "fits": None if plan.target.room is None else bucket.peak <= plan.target.room,
     }

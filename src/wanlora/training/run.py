@@ -353,7 +353,8 @@ class Run:
         return list(resume.record.saved) if resume and resume.folder.resolve().parent == here.resolve() else []
 
     def _trial(self, step: TrainingStep) -> Trial | None:
-        if not self.config.memory.trial_step:
+        asked = self.config.memory.trial_step
+        if asked is False or (asked is None and self.engine.device.type != "cuda"):
             return None
         return Trial(self.prepared.plan, step, state_bytes=state_bytes(self.prepared.optimizer))
 
@@ -366,7 +367,7 @@ class Run:
             fp8=memory.fp8_mode is not None,
             blocks_to_swap=memory.num_swapped,
             num_blocks=self.prepared.transformer.sizes.num_layers,
-            num_kept=guard.num_kept,
+            num_kept=guard.kept.blocks,
             retried=memory.on_oom == "retry",
             transposed=guard.transposed.are_kept,
             limited=memory.vram_limit is not None,

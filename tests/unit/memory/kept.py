@@ -1,16 +1,23 @@
 """What a block of a small Wan holds from forward to backward, counted."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 
 from wanlora.foundation.shapes import LatentShape
 from wanlora.lora.layers import LoRALinear
 from wanlora.memory.compile import compile_blocks
 from wanlora.memory.footprint import BlockMaths
+from wanlora.memory.saving import Save, mark
 from wanlora.models.attention import KERNELS, Kernel
 from wanlora.models.wan.blocks import WanBlock
 from wanlora.models.wan.rope import rope_table
@@ -33,11 +40,14 @@ def adapted_block(maths: BlockMaths) -> WanBlock:
     return block
 
 
-def held_bytes(maths: BlockMaths, *, batch: int = 1, backend: str = "") -> int:
-    """Bytes that autograd saves of one block beyond what is there anyway, the block's input included."""
+def held_bytes(maths: BlockMaths, *, batch: int = 1, save: Save | None = None) -> int:
+    """Bytes that autograd saves of one block beyond what is there anyway, the block's input included.
+
+    `save` cuts the joint graph so, as a compiler would, and runs both parts as they are.
+    """
     block = adapted_block(maths)
-    if backend:
-        compile_blocks([block], backend=backend)
+    if save:
+        compile_blocks([block], backend=cutting_backend(save))
     dim = maths.sizes.dim
     x_BLD = torch.randn(batch, LATENT.num_tokens, dim, dtype=maths.residual, requires_grad=True)
     shared = (
@@ -59,6 +69,23 @@ def held_bytes(maths: BlockMaths, *, batch: int = 1, backend: str = "") -> int:
         block(x_BLD, *shared)
     held = _storages([*saved, x_BLD])
     return sum(held[address] for address in held.keys() - there.keys())
+
+
+def cutting_backend(save: Save) -> Callable[..., Any]:
+    """A backend that partitions as `saving_backend` has it done and compiles nothing."""
+
+    def partition(module: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
+        if save == "everything":
+            return min_cut_rematerialization_partition(module, inputs, **options)
+        mark(module.graph, save)
+        with functorch_config.patch(aggressive_recomputation=True):
+            return min_cut_rematerialization_partition(module, inputs, **options)
+
+    return aot_autograd(
+        fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=partition,
+        decompositions=select_decomp_table(),
+    )
 
 
 def _storages(tensors: Collection[Tensor]) -> dict[int, int]:

@@ -11,8 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tests.unit.memory.wan import adapted_wan, losses_and_gradients, train_step
 from wanlora.foundation import log as logs
-from wanlora.memory.checkpointing import Keep, Recompute
+from wanlora.memory.checkpointing import Keep, Kept, Recompute
 from wanlora.memory.offload import HostBuffers, InputOffload
+from wanlora.memory.streaming import BlockStream
 from wanlora.memory.transfers import DirectTransfers
 from wanlora.models.wan.transformer import WanTransformer
 
@@ -43,7 +44,7 @@ def bytes_kept(model: WanTransformer) -> int:
 
 
 def keeping(count: int) -> Keep:
-    return lambda x: count
+    return lambda x: Kept(count)
 
 
 def test_chosen_blocks_run_twice_and_the_others_once() -> None:
@@ -54,24 +55,30 @@ def test_chosen_blocks_run_twice_and_the_others_once() -> None:
     assert calls == {0: 1, 1: 2, 2: 1, 3: 2}
 
 
-def test_the_last_blocks_are_let_off_first_and_required_ones_never() -> None:
+def test_the_last_blocks_are_let_off_first_and_streamed_ones_never() -> None:
     for count, kept in ((0, set()), (1, {4}), (2, {4, 2}), (5, {4, 2, 0})):
         model = adapted_wan(5)
-        model.run_block = runner = Recompute(list(model.blocks), required=(1, 3), keep=keeping(count))
+        stream = BlockStream(list(model.blocks), 2, CPU)
+        assert stream.streamed_indexes == (1, 3)
+        model.run_block = runner = Recompute(list(model.blocks), stream=stream, keep=keeping(count))
         calls = count_forwards(model)
         train_step(model)
         assert calls == {index: 1 if index in kept else 2 for index in range(5)}
         assert (runner.kept, runner.recomputed) == (len(kept), 5 - len(kept))
 
 
-def test_blocks_may_be_required_later() -> None:
+def test_blocks_may_be_streamed_later() -> None:
     model = adapted_wan(4)
-    model.run_block = runner = Recompute(list(model.blocks), keep=keeping(4))
+    stream = BlockStream(list(model.blocks), 0, CPU)
+    stream.attach()
+    model.run_block = runner = Recompute(list(model.blocks), stream=stream, keep=keeping(4))
     assert len(runner.optional) == 4
-    runner.require((0, 2))
+    stream.stream_more(2)
+    runner.refresh()
     calls = count_forwards(model)
     train_step(model)
-    assert runner.optional == (1, 3) and calls == {0: 2, 1: 1, 2: 2, 3: 1}
+    assert len(runner.optional) == 2
+    assert calls == {index: 1 if index in runner.optional else 2 for index in range(4)}
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.unit.memory.wan import ARGUMENTS, adapted_wan, losses_and_gradients, train_step
-from wanlora.memory.checkpointing import Recompute
+from wanlora.memory.checkpointing import Kept, Recompute
 from wanlora.memory.compile import compile_blocks, importing_compiler, is_compiled, missing_compiler, restore_blocks
 from wanlora.memory.streaming import BlockStream
 
@@ -64,14 +64,14 @@ def test_compiled_blocks_stream_and_recompute_with_the_same_result(backend: str)
     compile_blocks(blocks, backend=backend, fullgraph=True)
     result = losses_and_gradients(model, steps=2)
     torch.testing.assert_close(torch.tensor(result), torch.tensor(expected), rtol=1e-4, atol=1e-6)
-    assert stream.waits == 2 * 2 * 3
+    assert stream.waits == 2 * 2 * 3 - 3  # at a turn one use follows another
 
 
 def test_the_graph_of_recomputed_blocks_serves_those_that_are_kept() -> None:
     expected = losses_and_gradients(adapted_wan(3), steps=2)
     model, backend, counts = adapted_wan(3), _Backend(), iter((0, 2, 2))
     runner = Recompute(list(model.blocks))
-    runner.keep = lambda x: count
+    runner.keep = lambda x: Kept(count)
     count = next(counts)
     model.run_block = runner
     compile_blocks(model.blocks, backend=backend, fullgraph=True)

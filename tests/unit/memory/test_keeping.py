@@ -1,6 +1,7 @@
 """How many blocks are kept, in a world where what a pass needs is known."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wanlora.foundation.log import log
+from wanlora.memory.checkpointing import Kept
 from wanlora.memory.keeping import Keeping
 
 MIB = 2**20
@@ -24,6 +26,7 @@ class World:
     kept_a_token: int = 40 * WIDTH
     loss_a_token: int = 0
     """Of the turn from forward to backward."""
+    attention_a_token: int = 5 * WIDTH
     now_peak: int = 0
     num_retries: int = 0
 
@@ -45,15 +48,24 @@ class World:
     def free(self) -> int:
         return 0
 
-    def need(self, x: Tensor, kept: int) -> int:
+    def need(self, x: Tensor, kept: int, *, attention: int = 0, everything: bool = False) -> int:
         tokens, input_bytes = x.shape[1], x.numel() * 4
-        at_the_turn = (kept * self.kept_a_token + self.loss_a_token) * tokens + (NUM_BLOCKS - kept) * input_bytes
-        recomputing = (NUM_BLOCKS - kept) * input_bytes + self.kept_a_token * tokens if kept < NUM_BLOCKS else 0
+        each = int(self.kept_a_token * (1.9 if everything else 1))
+        inputs = (NUM_BLOCKS - kept) * input_bytes + attention * self.attention_a_token * tokens
+        at_the_turn = (kept * each + self.loss_a_token) * tokens + inputs
+        recomputing = inputs + each * tokens if kept < NUM_BLOCKS else 0
         return self.workspace_a_token * tokens + max(at_the_turn, recomputing)
 
-    def most(self, x: Tensor, limit: int) -> int:
-        """The most blocks whose need stays below the limit."""
-        return max((k for k in range(NUM_BLOCKS + 1) if self.rest + self.need(x, k) <= limit), default=0)
+    def most(self, x: Tensor, limit: int, *, attention: int = 0) -> int:
+        """The most blocks whose need stays below the limit while `attention` of all keep that at least."""
+        return self._most(limit, lambda k: self.need(x, k, attention=max(attention - k, 0)))
+
+    def most_attention(self, x: Tensor, limit: int) -> int:
+        """The most blocks that can keep attention."""
+        return self._most(limit, lambda k: self.need(x, 0, attention=k))
+
+    def _most(self, limit: int, need: Callable[[int], int]) -> int:
+        return max((k for k in range(NUM_BLOCKS + 1) if self.rest + need(k) <= limit), default=0)
 
 
 def stream(tokens: int) -> Tensor:
@@ -63,17 +75,85 @@ def stream(tokens: int) -> Tensor:
 SMALL, LARGE = stream(1000), stream(8000)
 
 
-def keeping(world: World, limit: int, *, activations: int | None = None, everything: bool = False) -> Keeping:
-    return Keeping(NUM_BLOCKS, NUM_BLOCKS, meter=world, limit=limit, activations=activations, everything=everything)
+def keeping(
+    world: World, limit: int, *, activations: int | None = None, everything: bool = False, attention: int = 0
+) -> Keeping:
+    return Keeping(
+        NUM_BLOCKS,
+        NUM_BLOCKS,
+        meter=world,
+        limit=limit,
+        activations=activations,
+        everything=everything,
+        attention=attention,
+    )
 
 
 def one_pass(made: Keeping, world: World, x: Tensor, label: str = "size") -> int:
     """The number of blocks kept in a pass."""
+    return whole_pass(made, world, x, label).blocks
+
+
+def whole_pass(made: Keeping, world: World, x: Tensor, label: str = "size") -> Kept:
+    """What is kept in a pass."""
     with made.step(), made.batch(label):
         kept = made(x)
         assert all(made(x) == kept for _ in range(3))
-        world.now_peak = max(world.now_peak, world.rest + world.need(x, kept))
+        world.now_peak = max(
+            world.now_peak, world.rest + world.need(x, *kept[:1], attention=kept.attention, everything=kept.everything)
+        )
     return kept
+
+
+@pytest.mark.parametrize("room", [0.05, 0.3, 0.5])
+def test_attention_is_kept_before_blocks_are_where_not_all_of_them_fit(room: float) -> None:
+    world = World()
+    limit = world.rest + int(world.need(LARGE, 0) + room * (world.need(LARGE, NUM_BLOCKS) - world.need(LARGE, 0)))
+    made = keeping(world, limit, attention=world.attention_a_token)
+    kept = [whole_pass(made, world, LARGE) for _ in range(8)]
+    attention = world.most_attention(LARGE, limit)
+    most = world.most(LARGE, limit, attention=NUM_BLOCKS) if attention == NUM_BLOCKS else 0
+    assert kept[0] == Kept() and kept[1].attention + kept[1].blocks == attention
+    assert all(one.blocks <= most for one in kept) and kept[-1] == Kept(most, attention - most)
+    assert attention > 0 and most < NUM_BLOCKS
+
+
+def test_attention_alone_is_not_tried_where_nearly_all_blocks_can_be_kept() -> None:
+    world = World()
+    limit = world.rest + world.need(LARGE, NUM_BLOCKS - 3)
+    nearly = keeping(world, limit, attention=world.attention_a_token)
+    kept = [whole_pass(nearly, world, LARGE) for _ in range(6)]
+    assert not any(one.attention for one in kept) and kept[-1].blocks >= world.most(LARGE, limit) - 1
+    ample = keeping(world, 2**40, attention=world.attention_a_token)
+    assert [whole_pass(ample, world, SMALL) for _ in range(2)] == [Kept(), Kept(NUM_BLOCKS)]
+
+
+def test_attention_that_turns_out_not_to_fit_is_taken_back_for_good() -> None:
+    world = World()
+    each = world.attention_a_token * LARGE.shape[1]
+    limit = world.rest + world.need(LARGE, 0, attention=20) + each // 2
+    made = keeping(world, limit, attention=world.attention_a_token)
+    assert [whole_pass(made, world, LARGE) for _ in range(2)] == [Kept(), Kept(0, attention=20)]
+    world.rest += 2 * each
+    assert whole_pass(made, world, LARGE).attention == 18
+    world.rest -= 2 * each
+    assert {whole_pass(made, world, LARGE).attention for _ in range(3)} == {18}
+    assert made.give_up() == Kept(0, attention=18)
+    made.limit = limit
+    assert [whole_pass(made, world, LARGE).attention for _ in range(3)] == [0, 17, 17]
+
+
+def test_blocks_hold_everything_where_twice_as_much_fits_and_go_back_if_it_does_not() -> None:
+    world = World()
+    limit = world.rest + 2 * world.need(SMALL, NUM_BLOCKS) + MIB
+    made = keeping(world, limit, attention=world.attention_a_token)
+    kept = [whole_pass(made, world, SMALL) for _ in range(6)]
+    assert kept[0] == Kept() and kept[-1] == Kept(NUM_BLOCKS, everything=True)
+    assert sorted(kept) == kept
+    world.rest += world.need(SMALL, NUM_BLOCKS) // 2
+    assert [whole_pass(made, world, SMALL) for _ in range(3)] == [Kept(NUM_BLOCKS)] * 3
+    never = keeping(World(), limit)
+    assert not any(whole_pass(never, World(), SMALL).everything for _ in range(6))
 
 
 @pytest.mark.parametrize("gib", [1.5, 2.0, 3.0, 4.5])
@@ -146,9 +226,9 @@ def test_an_allocator_that_rearranges_memory_lowers_the_limit_but_not_without_en
     for _ in range(40):
         with made.step(), made.batch("size"):
             made(LARGE)
-            world.now_peak, world.num_retries = world.rest + world.need(LARGE, made.num_kept), world.num_retries + 1
+            world.now_peak, world.num_retries = world.rest + world.need(LARGE, made.kept.blocks), world.num_retries + 1
     assert made.limit == int(0.85 * limit)
-    assert made.num_kept <= world.most(LARGE, made.limit)
+    assert made.kept.blocks <= world.most(LARGE, made.limit)
 
 
 def test_after_memory_ran_out_the_size_is_recomputed_and_all_go_on_below_that_peak() -> None:
@@ -163,10 +243,10 @@ def test_after_memory_ran_out_the_size_is_recomputed_and_all_go_on_below_that_pe
         made(LARGE)
         world.now_peak = peak
         raise MemoryError
-    assert made.give_up() == before
+    assert made.give_up().blocks == before
     assert made.limit == int(0.95 * peak)
     assert one_pass(made, world, LARGE) == 0
-    assert made.give_up() == 0
+    assert made.give_up() == Kept()
     after = [one_pass(made, world, LARGE) for _ in range(5)]
     assert 0 < after[-1] < before and all(count <= world.most(LARGE, made.limit) for count in after)
     assert one_pass(made, world, SMALL) <= world.most(SMALL, made.limit)
@@ -174,15 +254,15 @@ def test_after_memory_ran_out_the_size_is_recomputed_and_all_go_on_below_that_pe
 
 def test_everything_is_kept_until_memory_runs_out_and_smaller_sizes_go_on_so() -> None:
     made = Keeping(NUM_BLOCKS, NUM_BLOCKS, everything=True)
-    assert made(LARGE) == NUM_BLOCKS  # also outside of a step
+    assert made(LARGE) == Kept(NUM_BLOCKS)  # also outside of a step
     with made.step(), made.batch("size"):
-        assert made(SMALL) == NUM_BLOCKS
+        assert made(SMALL) == Kept(NUM_BLOCKS)
     with made.step(), made.batch("size"):
-        assert made(LARGE) == NUM_BLOCKS
-    assert made.give_up() == NUM_BLOCKS
+        assert made(LARGE) == Kept(NUM_BLOCKS)
+    assert made.give_up() == Kept(NUM_BLOCKS)
     for x, expected in ((LARGE, 0), (stream(9000), 0), (SMALL, NUM_BLOCKS)):
         with made.step(), made.batch("size"):
-            assert made(x) == expected
+            assert made(x) == Kept(expected)
 
 
 def test_with_a_meter_blocks_are_chosen_once_everything_has_failed() -> None:
@@ -197,12 +277,12 @@ def test_with_a_meter_blocks_are_chosen_once_everything_has_failed() -> None:
 def test_nothing_is_kept_where_nothing_is_measured_and_outside_of_a_step() -> None:
     made = Keeping(NUM_BLOCKS, NUM_BLOCKS)
     with made.step(), made.batch("size"):
-        assert made(SMALL) == 0
+        assert made(SMALL) == Kept()
     world = World()
     made = keeping(world, 2**40)
     for _ in range(3):
         one_pass(made, world, SMALL)
-    assert made.num_kept == NUM_BLOCKS and made(SMALL) == 0
+    assert made.kept.blocks == NUM_BLOCKS and made(SMALL) == Kept()
 
 
 def test_another_size_within_a_pass_is_recomputed() -> None:
@@ -211,7 +291,7 @@ def test_another_size_within_a_pass_is_recomputed() -> None:
     for _ in range(3):
         one_pass(made, world, SMALL)
     with made.step(), made.batch("size"):
-        assert (made(SMALL), made(LARGE)) == (NUM_BLOCKS, 0)
+        assert (made(SMALL).blocks, made(LARGE).blocks) == (NUM_BLOCKS, 0)
 
 
 def test_what_is_kept_is_said_once_it_has_settled(

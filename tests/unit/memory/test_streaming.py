@@ -46,7 +46,9 @@ def test_a_step_copies_each_streamed_block_twice_but_for_those_in_the_ring_at_th
         copies, waits = stream.copies, stream.waits
         train_step(model)
         assert stream.copies - copies == 2 * (num_streamed - ring_size)
-        assert stream.waits - waits == 2 * num_streamed
+        assert stream.waits - waits == 2 * num_streamed - len(
+            {0, 5} & {*stream.streamed_indexes}
+        )  # at a turn one use follows another
 
 
 def test_every_use_finds_its_copy_on_the_way() -> None:

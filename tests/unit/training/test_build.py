@@ -15,10 +15,11 @@ from wanlora.config.train import MemoryConfig
 from wanlora.foundation.log import log
 from wanlora.foundation.random import Streams
 from wanlora.lora.files import save_lora
-from wanlora.memory.checkpointing import Recompute
+from wanlora.memory.checkpointing import Kept, Recompute
 from wanlora.memory.compile import is_compiled
 from wanlora.memory.limit import CardLimit
 from wanlora.memory.measure import GIB, CudaMeter
+from wanlora.memory.streaming import BlockStream
 from wanlora.models.wan.transformer import WanTransformer
 from wanlora.quantization.fast_linear import FastFp8Linear, fast_layers
 from wanlora.quantization.linear import Fp8Linear
@@ -43,7 +44,7 @@ def build(checked: Checked, *flags: str) -> Trainee:
 def num_kept(built: Trainee) -> int:
     """Blocks that keep what they computed in the first pass of some size."""
     with built.keeping.step(), built.keeping.batch("a size"):
-        return built.recompute.keep(torch.empty(1, 8, 128))
+        return built.recompute.keep(torch.empty(1, 8, 128)).blocks
 
 
 def test_a_plain_run(checked: Checked) -> None:
@@ -198,20 +199,21 @@ def test_activations_get_what_the_flag_says_below_what_the_card_may_hold(
     amount: float | Literal["auto", "off"], expected: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
-    runner = Recompute([torch.nn.Linear(1, 1) for _ in range(6)], required=(1, 4))
+    blocks = [torch.nn.Linear(1, 1) for _ in range(6)]
+    runner = Recompute(blocks, stream=BlockStream(blocks, 2, CPU))
     config = MemoryConfig(gradient_checkpointing=True, activation_memory=amount)
-    made = choose_keeping(config, runner, torch.device("cuda"), CARD)
+    made = choose_keeping(config, runner, torch.device("cuda"), CARD, attention=7)
     assert (made.limit, made.activations) == (CARD.allocated, expected)
     assert (made.num_optional, made.num_blocks, made.num_inputs) == (4, 6, 6)
     assert isinstance(made.meter, CudaMeter)
-    assert made(torch.empty(1, 8, 128)) == 0
+    assert made(torch.empty(1, 8, 128)) == Kept()
 
 
-def test_nothing_is_kept_or_tried_unless_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_left_of_the_memory_is_used_unless_something_else_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     config = MemoryConfig(gradient_checkpointing=True)
-    made = choose_keeping(config, Recompute([torch.nn.Linear(1, 1)]), torch.device("cuda"), CARD)
-    assert made.activations == 0 and config.trial_step is False
+    made = choose_keeping(config, Recompute([torch.nn.Linear(1, 1)]), torch.device("cuda"), CARD, attention=7)
+    assert made.activations is None and config.trial_step is None
 
 
 def test_a_share_of_the_card_means_nothing_on_a_cpu_and_that_is_said(

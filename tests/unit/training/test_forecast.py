@@ -9,6 +9,7 @@ import torch
 from tests.unit.training.conftest import Checked
 from wanlora.foundation.log import log
 from wanlora.foundation.shapes import PixelShape
+from wanlora.memory.checkpointing import Kept
 from wanlora.memory.footprint import BlockMaths
 from wanlora.memory.outlook import Outlook
 from wanlora.memory.resting import WeightFormats, adapter_parameters
@@ -37,8 +38,8 @@ def said(monkeypatch: pytest.MonkeyPatch, caplog: Captured) -> Captured:
 
 def step(size: Size, seconds: float = 1.0, *, off: float = 1.0, kept: int = 0, streamed: int = 0) -> Measured:
     """A step whose peak is `off` times what is foretold."""
-    peak = off * OUTLOOK.peak(size.load, kept) / GIB
-    return Measured(sizes=[size], seconds=seconds, peak=peak, kept=kept, streamed=streamed)
+    peak = off * OUTLOOK.peak(size.load, Kept(kept)) / GIB
+    return Measured(sizes=[size], seconds=seconds, peak=peak, kept=Kept(kept), streamed=streamed)
 
 
 def test_the_largest_difference_is_said_once(said: Captured) -> None:
@@ -48,7 +49,7 @@ def test_the_largest_difference_is_said_once(said: Captured) -> None:
     assert said.text == ""
     for _ in range(3):
         forecast(step(CLIP, off=0.98, kept=5), 9)
-    foretold = OUTLOOK.peak(CLIP.load, 5) / GIB
+    foretold = OUTLOOK.peak(CLIP.load, Kept(5)) / GIB
     assert said.text.count("foretold within 2.0%") == 1
     assert f"768x416x21, foretold {foretold:.1f} GiB, measured {0.98 * foretold:.1f}" in said.text
     assert len(said.records) == 1

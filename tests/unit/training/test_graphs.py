@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -270,17 +270,18 @@ def test_what_stands_against_replays_is_said(
     caplog.set_level(logging.INFO)
     trainee: Any = SimpleNamespace(dtype=dtype, model=Padded(), recompute=Recompute([]), keeping=Keeping(0, 0))
     vectors = step_of(Padded(), flat=True).flat if flat else None
+    config = replace(config, memory=replace(config.memory, cuda_graphs="auto"))
     made = choose_replays(config, trainee, vectors, torch.device("cuda", 0))
     assert (made is None) == (reason is not None)
     assert reason is None or reason in caplog.text
 
 
-def test_without_a_card_or_with_the_flag_off_nothing_is_replayed_and_nothing_is_said(
+def test_without_a_card_or_unless_asked_for_nothing_is_replayed_and_nothing_is_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
     trainee: Any = SimpleNamespace(dtype=torch.bfloat16)
-    off = TrainConfig(memory=MemoryConfig(cuda_graphs="off"))
-    assert choose_replays(TrainConfig(), trainee, None, CPU) is None
-    assert choose_replays(off, trainee, None, torch.device("cuda", 0)) is None
+    auto = TrainConfig(memory=MemoryConfig(cuda_graphs="auto"))
+    assert choose_replays(auto, trainee, None, CPU) is None
+    assert choose_replays(TrainConfig(), trainee, None, torch.device("cuda", 0)) is None
     assert caplog.text == ""

@@ -30,7 +30,7 @@ class Card:
         self.model = adapted_wan(6, dropout=0.5)
         blocks = list(self.model.blocks)
         self.stream = BlockStream(blocks, num_streamed, CPU)
-        self.recompute = Recompute(blocks, required=self.stream.streamed_indexes)
+        self.recompute = Recompute(blocks, stream=self.stream)
         self.stream.attach()
         self.keeping = Keeping(len(self.recompute.optional), 6, everything=everything)
         self.recompute.keep = self.keeping
@@ -44,7 +44,7 @@ class Card:
 
     def _fail(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         copies = 3 if self.guard.transposed.are_kept else 0
-        if self.keeping.num_kept + self.stream.num_resident + copies > self.capacity:
+        if self.keeping.kept.blocks + self.stream.num_resident + copies > self.capacity:
             self.failures += 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 

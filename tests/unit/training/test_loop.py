@@ -180,7 +180,7 @@ def test_forecasts_are_told_of_every_step_and_what_is_left() -> None:
     assert [left for _, left in seen] == [3, 2, 1, 0]
     assert all(len(measured.sizes) == 1 and measured.sizes[0].batch == 1 for measured, _ in seen)
     assert all(measured.seconds > 0 and measured.peak is None for measured, _ in seen)
-    assert {(measured.kept, measured.streamed) for measured, _ in seen} == {(step.guard.num_kept, 0)}
+    assert {(measured.kept, measured.streamed) for measured, _ in seen} == {(step.guard.kept, 0)}
 
 
 def test_validation_comes_first_and_is_told_of_every_step() -> None:

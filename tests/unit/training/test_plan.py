@@ -15,6 +15,7 @@ from wanlora.foundation.log import log
 from wanlora.foundation.random import Streams
 from wanlora.foundation.shapes import PixelShape
 from wanlora.memory.cards import CARDS
+from wanlora.memory.checkpointing import Kept
 from wanlora.training import planning
 from wanlora.training.build import build_trainee, fp8_weights
 from wanlora.training.optimizers import OptimizerChoice, choose_optimizer, state_bytes
@@ -121,7 +122,7 @@ def test_a_plan_that_fits_says_so(checked: Checked) -> None:
     assert "an epoch: 8 steps" in text and "the run: about" in text
     assert "needs: with every block recomputed" in text
     assert all(str(bucket.pixels) in text for bucket in plan.buckets)
-    assert all(bucket.kept == 12 for bucket in plan.buckets)
+    assert all(bucket.kept == Kept(12) for bucket in plan.buckets)
 
 
 def test_a_plan_that_does_not_fit_says_what_would(checked: Checked) -> None:
@@ -291,9 +292,9 @@ def test_times_are_told_in_the_unit_that_fits(seconds: float, text: str) -> None
 def test_activations_may_be_given_less_than_is_left(checked: Checked) -> None:
     kept = [
         planned(checked, 2000, "--gradient_checkpointing", *amount).buckets[0].kept
-        for amount in (("--activation_memory", "auto"), (), ("--activation_memory", "0.000001"))
+        for amount in ((), ("--activation_memory", "off"), ("--activation_memory", "0.000001"))
     ]
-    assert kept == [12, 0, 0]
+    assert kept == [Kept(12), Kept(), Kept()]
 
 
 def test_limits_of_the_user_hold_for_the_plan_too() -> None:

@@ -1,0 +1,80 @@
+"""What compiled blocks save for their backward, and that streamed ones may."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.unit.memory.kept import cutting_backend
+from tests.unit.memory.wan import adapted_wan, losses_and_gradients
+from wanlora.memory import compile as compiling
+from wanlora.memory.checkpointing import Kept, Recompute
+from wanlora.memory.compile import chooses_what_to_save, compile_blocks
+from wanlora.memory.saving import Save
+from wanlora.memory.streaming import BlockStream
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Save]:
+    """The ways to save that graphs were made for; they are cut as ever and run as they are."""
+    torch._dynamo.reset()
+    seen: list[Save] = []
+
+    def backend(save: Save, mode: str | None) -> object:
+        seen.append(save)
+        return cutting_backend(save)
+
+    monkeypatch.setattr(compiling, "saving_backend", backend)
+    return seen
+
+
+def test_kept_streamed_blocks_give_the_same_numbers_and_are_called_once(asked: list[Save]) -> None:
+    expected = losses_and_gradients(adapted_wan(4), steps=2)
+    model = adapted_wan(4)
+    blocks = list(model.blocks)
+    stream = BlockStream(blocks, 4, CPU)
+    stream.attach()
+    compile_blocks(blocks)
+    assert all(map(chooses_what_to_save, blocks))
+    choices = iter((Kept(2, attention=2), Kept(4, everything=True)))
+    model.run_block = runner = Recompute(blocks, stream=stream)
+    assert len(runner.optional) == 4
+    calls: list[int] = []
+    blocks[0].register_forward_pre_hook(lambda module, args: calls.append(1))
+    kept = next(choices)
+    runner.keep = lambda x: kept
+
+    def change() -> None:
+        nonlocal kept
+        kept = next(choices, kept)
+
+    result = losses_and_gradients(model, steps=2, between=change)
+    torch.testing.assert_close(torch.tensor(result), torch.tensor(expected), rtol=1e-3, atol=1e-5)
+    assert asked == ["attention", "products", "everything"]
+    assert (runner.kept, runner.recomputed, runner.attention_kept) == (2 + 4, 0, 2)
+    assert len(calls) == 2
+    assert stream.copies == 4 + 3 * (4 - 2) and stream.misses == 1
+
+
+def test_a_view_of_a_streamed_weight_is_not_saved_without_a_word() -> None:
+    blocks = [nn.Linear(8, 8).requires_grad_(False) for _ in range(3)]
+    stream = BlockStream(blocks, 3, CPU)
+    stream.attach()
+    x = torch.ones(2, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="view of a streamed weight"), stream.watched(blocks[1]):
+        blocks[0](x)
+        saved: Tensor = blocks[1](x)
+    with stream.watched(nn.Linear(8, 8)):
+        saved = nn.Linear(8, 8)(x)
+    assert saved.requires_grad
+
+
+def test_other_compilers_take_no_wishes(asked: list[Save]) -> None:
+    model = adapted_wan(2)
+    compile_blocks(model.blocks, backend="eager")
+    assert not any(map(chooses_what_to_save, model.blocks))
+    assert not any(map(chooses_what_to_save, adapted_wan(2).blocks))
+    assert not Recompute(list(model.blocks)).chooses
+    losses_and_gradients(model, steps=1)
+    assert asked == []
