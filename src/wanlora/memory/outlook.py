@@ -143,7 +143,7 @@ class Outlook:
         return step_seconds(
             card,
             self.flops(load, kept=kept),
-            widened=(3 * self.num_blocks - kept.blocks) * self._widened(),
+            widened=(3 * self.num_blocks - kept.blocks) * self._widened() + self._transposed_anew(),
             copied=2 * (self.streamed - min(self.ring, self.streamed)) * block + 2 * self.offloaded(load),
             compiled=self.maths.compiled,
             fp8_products=self.fp8_products,
@@ -170,6 +170,12 @@ class Outlook:
     def _update(self) -> int:
         """Bytes of gradients and of what an ordinary optimizer computes of them."""
         return (4 + 4) * self.trained if self.state_bytes > 4 else 4 * self.trained
+
+    def _transposed_anew(self) -> float:
+        """Bytes moved to transpose fp8 weights for backward: read and written."""
+        if not self.fp8_products or self.transposed_bytes:
+            return 0.0
+        return 2.0 * self.num_blocks * transposed_weights(self.maths.sizes)
 
     def _widened(self) -> float:
         """Bytes moved to widen the fp8 weights of one block: read, written, read."""
