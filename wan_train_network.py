@@ -1,6 +1,6 @@
 import sys
 
-from wanlora.cli.train_network import main
+from wanlora.cli.entry import run_script
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script("wanlora.cli.train_network"))

@@ -5,6 +5,7 @@ is a fault of the program and shows its traceback.
 """
 
 import errno
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,16 @@ _REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC}
 """What the system answers where the user lacks rights or room."""
 
 Command = Callable[[Sequence[str]], int]
+
+
+def run_script(module: str, argv: Sequence[str] | None = None) -> int:
+    """Run the `command` of a module. Its imports take seconds, and Ctrl-C among them ends as it does later."""
+    return run_command(lambda arguments: importlib.import_module(module).command(arguments), argv)
+
+
+def console() -> int:
+    """The console command `wanlora`."""
+    return run_script("wanlora.cli.main")
 
 
 def run_command(command: Command, argv: Sequence[str] | None = None) -> int:

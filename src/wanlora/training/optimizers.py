@@ -33,6 +33,7 @@ _UNFIT = (Optimizer, torch.optim.SparseAdam)
 
 _TRIAL_SIZE = (256, 1024)
 """Large enough for what an optimizer keeps once to count for nothing."""
+_LIKE_ADAM = 8.0
 
 OPTIMIZERS: Registry[Callable[[], Maker]] = Registry("optimizer_type")
 
@@ -185,7 +186,7 @@ def _dotted(path: str) -> Maker:
 def state_bytes(choice: OptimizerChoice) -> float:
     """Bytes that the optimizer remembers of each trained number, found by a step on a matrix of its own.
 
-    8, two float32 numbers as Adam has them, where the optimizer does not take such a step on the CPU.
+    8, two float32 numbers as Adam has them, where the optimizer does not take such a step on the CPU; that is said.
     """
     matrix = torch.nn.Parameter(torch.ones(_TRIAL_SIZE))
     matrix.grad = torch.ones_like(matrix)
@@ -193,8 +194,12 @@ def state_bytes(choice: OptimizerChoice) -> float:
         optimizer = choice.build([{"params": [matrix], "lr": choice.arguments["lr"], "name": "unet"}])
         set_mode(optimizer, training=True)
         optimizer.step()
-    except Exception:  # somebody else's code, on a device that it may not be made for
-        return 8.0
+    except Exception as error:  # somebody else's code, on a device that it may not be made for
+        say_once(
+            f"--optimizer_type {choice.name} takes no step on the CPU ({type(error).__name__}), so what it remembers is "
+            f"planned as {_LIKE_ADAM:.0f} bytes a trained number, as of Adam"
+        )
+        return _LIKE_ADAM
     remembered = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return sum(value.numel() * value.element_size() for value in remembered) / matrix.numel()
 

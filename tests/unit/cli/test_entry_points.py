@@ -2,16 +2,20 @@
 
 import errno
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
 from wanlora.cli import cache_latents, cache_text_encoder_outputs, main, train_network
-from wanlora.cli.entry import run_command
+from wanlora.cli.entry import console, run_command, run_script
 from wanlora.foundation.errors import ConfigError
 from wanlora.foundation.log import log
 
 Captured = pytest.CaptureFixture[str]
+ROOT = Path(__file__).parents[3]
 
 
 def refuse(argv: Sequence[str]) -> int:
@@ -112,3 +116,23 @@ def test_the_console_command_says_its_version(capsys: Captured) -> None:
         main.main(["--version"])
     assert left.value.code == 0
     assert capsys.readouterr().out.startswith("wanlora ")
+
+
+def test_ctrl_c_while_a_script_still_imports_is_130_too(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def interrupted(module: str) -> object:
+        asked.append(module)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    assert run_script("wanlora.cli.train_network", []) == 130 and console() == 130
+    assert asked == ["wanlora.cli.train_network", "wanlora.cli.main"]
+    assert "stopped by Ctrl-C" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["wan_train_network", "wan_cache_latents", "wan_cache_text_encoder_outputs"])
+def test_scripts_begin_without_a_single_slow_import(script: str) -> None:
+    """What a script imports before it can answer Ctrl-C."""
+    code = f"import runpy, sys; runpy.run_path('{script}.py'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

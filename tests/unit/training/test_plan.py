@@ -106,12 +106,13 @@ def test_an_optimizers_memory_is_found_by_trying(checked: Checked, name: str, ex
     assert state_bytes(choose_optimizer(config.optimizer, {})) == pytest.approx(expected, abs=0.05)
 
 
-def test_an_optimizer_that_cannot_be_tried_counts_as_adam() -> None:
+def test_an_optimizer_that_cannot_be_tried_counts_as_adam_and_that_is_said(said: Captured) -> None:
     class OnlyOnCards(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
             raise NotImplementedError("no CPU")
 
     assert state_bytes(OptimizerChoice(name="x", maker=OnlyOnCards, arguments={"lr": 1e-3})) == 8
+    assert "--optimizer_type x takes no step on the CPU (NotImplementedError)" in said.text
 
 
 def test_a_plan_that_fits_says_so(checked: Checked) -> None:
