@@ -297,7 +297,7 @@ class MemoryConfig(Checked):
     compile_fullgraph: bool = False
     """Refuse graph breaks."""
     compile_cache_size_limit: Count | None = None
-    """How many graphs torch.compile keeps."""
+    """How many graphs torch.compile keeps. Default: 32."""
     cuda_graphs: Literal["auto", "off"] = "off"
     """auto: passes that the GPU could do faster than the host can queue them are recorded once and replayed whole."""
 

@@ -29,6 +29,8 @@ from wanlora.memory.saving import Save, saving_backend
 _COMPILER = "torch._inductor.compile_fx"
 _C_COMPILERS = ("cc", "gcc", "clang", "cl")
 _TRITON_CAPABILITY = (7, 0)
+_GRAPHS = 32
+"""So many graphs of the blocks are kept unless the user says otherwise."""
 
 
 @contextmanager
@@ -65,8 +67,9 @@ def compile_blocks(
 
     The options are those of `torch.compile`; `cache_size_limit` is how many variants of a graph are kept.
     """
-    if cache_size_limit is not None:
-        torch._dynamo.config.recompile_limit = cache_size_limit
+    limit = torch._dynamo.config.recompile_limit
+    # Graphs of all ways to save count together; one too many, and blocks would go on as plain Python.
+    torch._dynamo.config.recompile_limit = cache_size_limit or max(limit, _GRAPHS)
     compiled: dict[type[nn.Module], CompiledForward] = {}
     for block in blocks:
         if is_compiled(block):

@@ -196,7 +196,7 @@ def state_bytes(choice: OptimizerChoice) -> float:
         optimizer.step()
     except Exception as error:  # somebody else's code, on a device that it may not be made for
         say_once(
-            f"--optimizer_type {choice.name} takes no step on the CPU ({type(error).__name__}), so what it remembers is "
+            f"--optimizer_type {choice.name} takes no step on the CPU ({type(error).__name__}); what it remembers is "
             f"planned as {_LIKE_ADAM:.0f} bytes a trained number, as of Adam"
         )
         return _LIKE_ADAM

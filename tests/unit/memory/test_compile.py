@@ -94,10 +94,13 @@ def test_restoring_takes_the_compiled_forward_off_again() -> None:
     assert losses_and_gradients(model, steps=1) == losses_and_gradients(adapted_wan(2), steps=1)
 
 
-def test_the_cache_limit_is_handed_to_the_compiler() -> None:
-    with torch._dynamo.config.patch(recompile_limit=8):
-        compile_blocks([], cache_size_limit=33)
-        assert torch._dynamo.config.recompile_limit == 33
+@pytest.mark.parametrize(("before", "asked", "expected"), [(8, 33, 33), (8, 5, 5), (8, None, 32), (64, None, 64)])
+def test_the_cache_limit_is_what_was_asked_for_or_enough_for_all_ways_to_save(
+    before: int, asked: int | None, expected: int
+) -> None:
+    with torch._dynamo.config.patch(recompile_limit=before):
+        compile_blocks([], cache_size_limit=asked)
+        assert torch._dynamo.config.recompile_limit == expected
 
 
 def test_a_machine_without_a_c_compiler_is_told_from_one_with(monkeypatch: pytest.MonkeyPatch) -> None:
