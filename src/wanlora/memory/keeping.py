@@ -161,7 +161,7 @@ class Keeping:
         self._active: _Size | None = None
         self._watching = False
         self._baseline = 0
-        self._said: dict[str, int] = {}
+        self._said: dict[str, Kept] = {}
 
     def __call__(self, x: Tensor) -> Kept:
         """What blocks keep of what they compute from this residual stream [B, L, D]."""
@@ -201,6 +201,14 @@ class Keeping:
         finally:
             self._watching = False
 
+    def allow(self, num_optional: int) -> None:
+        """From now on at most so many blocks may be kept. Between passes only."""
+        self.num_optional = num_optional
+        for size in self._sizes.values():
+            if size.kept > num_optional:
+                size.kept, size.need, size.passes = num_optional, None, 0
+            size.ceiling = min(size.ceiling, num_optional)
+
     def give_up(self) -> Kept:
         """After memory ran out in a pass: let the next one of this size recompute everything.
 
@@ -222,6 +230,7 @@ class Keeping:
             size.attention_ceiling = size.attention - 1
         size.everything = size.may_hold_everything = False
         size.kept, size.attention, size.need, size.passes = 0, 0, None, 0
+        size.before, size.least = (0, 0), None  # found beside attention that is kept no longer
         return given_up
 
     def _size_of(self, x: Tensor) -> _Size:
@@ -253,12 +262,13 @@ class Keeping:
         size.passes += 1
         if retried and size.kept:
             self.limit = max(int(_AFTER_RETRY * self.limit), int(_LOWEST * self._first_limit))
-        if size.passes == 2 and self._said.get(label) != size.kept:
-            self._said[label] = size.kept
-            attention = self.kept.attention
-            half = f", {attention} the result of attention" if attention else ""
-            others = ", the others are recomputed" if size.kept + attention < self.num_blocks else ""
+        kept = self.kept
+        if size.passes == 2 and self._said.get(label) != kept:
+            self._said[label] = kept
+            whole = ", with all that the compiler likes to save" if kept.everything else ""
+            half = f", {kept.attention} the result of attention" if kept.attention else ""
+            others = ", the others are recomputed" if kept.blocks + kept.attention < self.num_blocks else ""
             log.info(
-                f"{label}: {size.kept} of {self.num_blocks} blocks keep what they computed{half}{others}; "
+                f"{label}: {kept.blocks} of {self.num_blocks} blocks keep what they computed{whole}{half}{others}; "
                 f"peak {peak / GIB:.1f} of {self.limit / GIB:.1f} GiB"
             )

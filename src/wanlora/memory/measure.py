@@ -110,6 +110,8 @@ class MemorySettings:
     """Blocks of the model."""
     num_kept: int = 0
     """Blocks that were not recomputed when memory ran out."""
+    attention_kept: int = 0
+    """Of the others, those that kept the result of attention."""
     retried: bool = False
     """Everything that can be changed while running was changed before."""
     transposed: bool = False
@@ -150,7 +152,7 @@ def _cures(figures: MemoryFigures, settings: MemorySettings) -> list[str]:
         cures.append("--fp8_fast_transposed off (no second copy of the weights)")
     if not settings.gradient_checkpointing:
         cures.append("--gradient_checkpointing")
-    elif settings.num_kept:
+    elif settings.num_kept or settings.attention_kept:
         cures.append("--activation_memory off (every block is recomputed), or a number of GiB that is lower")
     if not settings.retried:
         cures.append("--on_oom retry (makes room and goes on)")

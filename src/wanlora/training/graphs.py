@@ -210,7 +210,10 @@ def choose_replays(
     config: TrainConfig, trainee: Trainee, flat: FlatGroups | None, device: torch.device
 ) -> Replays | None:
     """What replays passes as CUDA graphs, where that is wanted and possible."""
-    if device.type != "cuda" or config.memory.cuda_graphs == "off":
+    if config.memory.cuda_graphs == "off":
+        return None
+    if device.type != "cuda":
+        say_once("--cuda_graphs auto has no effect on a CPU: there is no card that waits for it")
         return None
     mode = config.memory.compile_mode
     obstacles = {

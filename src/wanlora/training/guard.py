@@ -147,7 +147,7 @@ class MemoryGuard:
     def _stream_more(self, stream: BlockStream, recompute: Recompute, count: int) -> None:
         more = stream.stream_more(count)
         recompute.refresh()
-        self.keeping.num_optional = len(recompute.optional)
+        self.keeping.allow(len(recompute.optional))
         swapped = len(stream.streamed_indexes) - stream.ring_size
         self._say(f"{more} blocks more wait in system memory until they are due, as with --blocks_to_swap {swapped},")
 

@@ -151,7 +151,7 @@ def make_outlook(config: TrainConfig, prepared: Prepared, target: Target, *, dty
             sizes=file.sizes,
             compute=dtype,
             residual=residual_dtype(memory),
-            compiled=target.compiled,
+            compiled=target.compiled and memory.compile_backend == "inductor",  # others leave blocks as they are
             fp8=fp8,
             rank=max(ranks.values()),
             adapted=[name for name in ADAPTABLE if any(target.endswith(f".{name}") for target in prepared.targets)],

@@ -75,7 +75,10 @@ def settle(config: TrainConfig, prepared: Prepared, target: Target) -> TrainConf
     weights are kept transposed for fp8 maths. What was decided is said."""
     if config.memory.blocks_to_swap == AUTO:
         config = replace(config, memory=replace(config.memory, blocks_to_swap=_fewest(config, prepared, target)))
-    if target.fp8 != "rows" or config.memory.fp8_fast_transposed == "off":
+    asked = config.memory.fp8_fast_transposed
+    if target.fp8 != "rows" and config.memory.fp8_fast and asked == "on":
+        log.warning("--fp8_fast_transposed on: not done, because nothing is multiplied in fp8")
+    if target.fp8 != "rows" or asked == "off":
         return config
     transposed: Literal["on", "off"] = "on" if _transposes(config, prepared, target) else "off"
     return replace(config, memory=replace(config.memory, fp8_fast_transposed=transposed))

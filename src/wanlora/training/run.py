@@ -368,6 +368,7 @@ class Run:
             blocks_to_swap=memory.num_swapped,
             num_blocks=self.prepared.transformer.sizes.num_layers,
             num_kept=guard.kept.blocks,
+            attention_kept=guard.kept.attention,
             retried=memory.on_oom == "retry",
             transposed=guard.transposed.are_kept,
             limited=memory.vram_limit is not None,

@@ -285,6 +285,33 @@ def test_nothing_is_kept_where_nothing_is_measured_and_outside_of_a_step() -> No
     assert made.kept.blocks == NUM_BLOCKS and made(SMALL) == Kept()
 
 
+def test_what_a_block_needs_beside_attention_says_nothing_of_what_it_needs_without() -> None:
+    world = World(workspace_a_token=36 * WIDTH, kept_a_token=18 * WIDTH, attention_a_token=4 * WIDTH)
+    limit = world.rest + int(1.2 * world.need(LARGE, NUM_BLOCKS))
+    made = keeping(world, limit, attention=world.attention_a_token)
+    before = [whole_pass(made, world, LARGE) for _ in range(6)]
+    assert any(kept.attention for kept in before) and before[-1].blocks == NUM_BLOCKS
+    made.give_up()
+    made.limit = world.rest + world.need(LARGE, 35)
+    after = [whole_pass(made, world, LARGE) for _ in range(6)]
+    assert after[0] == Kept() != after[-1]
+    assert all(kept.blocks <= world.most(LARGE, made.limit, attention=kept.attention) for kept in after)
+
+
+def test_blocks_that_may_no_longer_be_kept_are_not_counted_as_kept() -> None:
+    world = World()
+    made = keeping(world, 2048 * MIB)
+    for _ in range(6):
+        one_pass(made, world, SMALL)
+        large = one_pass(made, world, LARGE)
+    made.allow(large - 5)
+    assert [one_pass(made, world, LARGE) for _ in range(3)] == [large - 5] * 3
+    world.rest += 450 * MIB
+    fewer = one_pass(made, world, LARGE), one_pass(made, world, LARGE)
+    assert fewer[1] < large - 5 and fewer[1] <= world.most(LARGE, made.limit)
+    assert one_pass(made, world, SMALL) == large - 5
+
+
 def test_another_size_within_a_pass_is_recomputed() -> None:
     world = World()
     made = keeping(world, 2**40)
@@ -308,3 +335,20 @@ def test_what_is_kept_is_said_once_it_has_settled(
     assert len(said) == 2
     assert said[0].startswith("768x416x1: 40 of 40 blocks keep what they computed")
     assert said[1].startswith(f"768x416x21: {kept} of 40 blocks keep") and said[1].endswith("of 2.0 GiB")
+
+
+def test_another_way_of_keeping_is_said_too(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "propagate", True)
+    world = World()
+    limit = world.rest + 2 * world.need(SMALL, NUM_BLOCKS) + MIB
+    made = keeping(world, limit, attention=world.attention_a_token)
+    with caplog.at_level(logging.INFO, logger="wanlora"):
+        for _ in range(8):
+            whole_pass(made, world, SMALL)
+        whole = caplog.messages[-1]
+        made.give_up()
+        made.limit = world.rest + world.need(SMALL, 0, attention=20)
+        for _ in range(8):
+            whole_pass(made, world, SMALL)
+    assert whole.startswith("size: 40 of 40 blocks keep what they computed, with all that the compiler likes to save;")
+    assert caplog.messages[-1].startswith("size: 0 of 40 blocks keep what they computed, 20 the result of attention, ")

@@ -48,6 +48,8 @@ def test_what_the_run_holds_back_itself_is_named_first() -> None:
     assert any(line.startswith("- --activation_memory off") for line in cures)
     assert any("--vram_limit" in line for line in cures) and any("--on_oom retry" in line for line in cures)
     assert any(line.startswith("- --fp8_fast_transposed off") for line in cures)
+    text = explain_out_of_memory(FIGURES, settings(attention_kept=12), bucket="768x416x21")
+    assert "--activation_memory off" in text
     text = explain_out_of_memory(FIGURES, settings(), bucket="768x416x21")
     assert not any(name in text for name in ("--activation_memory", "--vram_limit", "--on_oom", "--fp8_fast_t"))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tests.unit.training.parts import CPU, PIXELS, Velocity, batch, indexed, objective, step_of
 from wanlora.config.train import MemoryConfig, NetworkConfig, OptimizerConfig, TrainConfig
 from wanlora.data.dataset import Batch
+from wanlora.foundation.log import log
 from wanlora.foundation.shapes import LatentShape
 from wanlora.memory.checkpointing import Recompute
 from wanlora.memory.keeping import Keeping
@@ -276,12 +277,15 @@ def test_what_stands_against_replays_is_said(
     assert reason is None or reason in caplog.text
 
 
-def test_without_a_card_or_unless_asked_for_nothing_is_replayed_and_nothing_is_said(
-    caplog: pytest.LogCaptureFixture,
+def test_without_a_card_or_unless_asked_for_nothing_is_replayed(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.INFO, logger="wanlora")
+    monkeypatch.setattr("wanlora.foundation.log._said", set())
     trainee: Any = SimpleNamespace(dtype=torch.bfloat16)
-    auto = TrainConfig(memory=MemoryConfig(cuda_graphs="auto"))
-    assert choose_replays(auto, trainee, None, CPU) is None
     assert choose_replays(TrainConfig(), trainee, None, torch.device("cuda", 0)) is None
     assert caplog.text == ""
+    auto = TrainConfig(memory=MemoryConfig(cuda_graphs="auto"))
+    assert choose_replays(auto, trainee, None, CPU) is None
+    assert "--cuda_graphs auto has no effect on a CPU" in caplog.text

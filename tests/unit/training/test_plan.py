@@ -283,6 +283,18 @@ def test_weights_are_transposed_or_not_as_asked(checked: Checked, said: Captured
     assert settled.memory.fp8_fast_transposed == asked
     assert len(said.messages) == (asked == "on")
     assert not make_outlook(settled, prepared, target(4000), dtype=torch.bfloat16).transposed  # a card without fp8
+    said.clear()
+    planning.settle(config, prepared, target(4000))
+    expected = ["--fp8_fast_transposed on: not done, because nothing is multiplied in fp8"] if asked == "on" else []
+    assert said.messages == expected
+
+
+def test_blocks_of_another_compiler_keep_everything_or_nothing(checked: Checked) -> None:
+    ours = planned(checked, 4000, "--gradient_checkpointing", "--compile", "--blocks_to_swap", "2").outlook
+    flags = ("--gradient_checkpointing", "--compile", "--compile_backend", "aot_eager", "--blocks_to_swap", "2")
+    others = planned(checked, 4000, *flags).outlook
+    assert ours.maths.compiled and ours.optional == ours.num_blocks
+    assert not others.maths.compiled and others.optional == others.num_blocks - 4
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (720, "12 min"), (12_600, "3.5 h"), (363_000, "4.2 days")])
