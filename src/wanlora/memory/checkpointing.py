@@ -10,8 +10,8 @@ The last blocks are let off first: backward needs them first, so what they keep 
 are recomputed.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from wanlora.foundation.log import say_once
 from wanlora.memory.compile import chooses_what_to_save
 from wanlora.memory.offload import InputOffload
-from wanlora.memory.streaming import BlockStream
+from wanlora.memory.streaming import BlockStream, Check
 from wanlora.memory.transfers import transfers_for
 
 
@@ -97,7 +97,7 @@ class Recompute:
             return out
         if place is not None and place < kept.blocks + kept.attention:
             self.attention_kept += 1
-            with self._offloaded(x) if self.offload else self._watched(block):
+            with self._offloaded(x, self._check(block)) if self.offload else self._watched(block):
                 out = block(x, *args, save="attention")
         else:
             self.recomputed += 1
@@ -105,12 +105,26 @@ class Recompute:
                 out = checkpoint(block, x, *args, use_reentrant=False, preserve_rng_state=True)
         return out
 
-    def _watched(self, block: nn.Module) -> AbstractContextManager[None]:
-        return nullcontext() if self.stream is None else self.stream.watched(block)
+    def _check(self, block: nn.Module) -> Check | None:
+        return None if self.stream is None else self.stream.watch(block)
 
-    def _offloaded(self, x: Tensor) -> AbstractContextManager[None]:
+    @contextmanager
+    def _watched(self, block: nn.Module) -> Iterator[None]:
+        check = self._check(block)
+        if check is None:
+            yield
+            return
+
+        def pack(tensor: Tensor) -> Tensor:
+            check(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+
+    def _offloaded(self, x: Tensor, check: Check | None = None) -> AbstractContextManager[None]:
         offload = self._offload_for(x.device) if self.offload else None
-        return offload.keep(x) if offload else nullcontext()
+        return offload.keep(x, check) if offload else nullcontext()
 
     def _offload_for(self, device: torch.device) -> InputOffload | None:
         if device.type == "cpu":

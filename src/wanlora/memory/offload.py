@@ -7,7 +7,7 @@ share (time, text, rope tables) stays: it exists once. Host buffers are reused f
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -71,14 +71,19 @@ class InputOffload:
         self._last: weakref.ref[_Kept] | None = None
 
     @contextmanager
-    def keep(self, chosen: Tensor) -> Iterator[None]:
-        """Inside, `chosen` is saved for backward on the host; other tensors are saved as ever."""
+    def keep(self, chosen: Tensor, check: Callable[[Tensor], None] | None = None) -> Iterator[None]:
+        """Inside, `chosen` is saved for backward on the host; other tensors are saved as ever, once `check` has seen
+        them: of hooks within hooks only the inner ones are called."""
         address, shape = chosen.data_ptr(), chosen.shape
         del chosen  # autograd keeps `pack` as long as what it packed, so it must not hold the tensor
 
         def pack(tensor: Tensor) -> "Tensor | _Kept":
             same = tensor.data_ptr() == address and tensor.shape == shape
-            return self._send(tensor) if same else tensor
+            if same:
+                return self._send(tensor)
+            if check is not None:
+                check(tensor)
+            return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
             yield

@@ -13,7 +13,7 @@ copy and never a wrong result. With S streamed blocks and a ring of R, a trainin
 Backward announces each block too, so its weights are there whether it is recomputed or has kept what it computed. But
 what autograd has saved of a streamed block may be its weights themselves, which are looked up where they are by then,
 and no view of them: that would show a buffer that has since been refilled. Blocks of plain autograd save such views and
-must be recomputed (`checkpointing.py`); compiled ones do not, which `watched` makes sure of. The model knows nothing of
+must be recomputed (`checkpointing.py`); compiled ones do not, which `watch` makes sure of. The model knows nothing of
 all this: hooks around each block do it, and they fire in recomputation too.
 
 Order of use: load (streamed blocks on the host, see `placement.py`), quantise, freeze, adapt, `attach`, compile.
@@ -21,8 +21,7 @@ Weights must not be moved or replaced between `attach` and `detach`; adapters, w
 untouched.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,11 +29,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from wanlora.foundation.errors import MemoryPlanError
 from wanlora.foundation.log import warn_once
 from wanlora.memory.masters import BlockMaster
 from wanlora.memory.pinned import is_page_locked
 from wanlora.memory.placement import streamed_indexes
 from wanlora.memory.transfers import Mark, Transfers, transfers_for
+
+Check = Callable[[Tensor], None]
+"""Looks at a tensor that autograd saves."""
 
 
 def needed_next(streamed: Sequence[int], index: int, *, rising: bool, turns: bool, count: int) -> list[int]:
@@ -198,23 +201,25 @@ class BlockStream:
             slot.free = self._transfers.mark()  # the memory may still be read by what had it before
         return ring
 
-    @contextmanager
-    def watched(self, block: nn.Module) -> Iterator[None]:
-        """Inside, `block` may keep what its backward needs. Raises `RuntimeError` if that is a view of its weights."""
+    def watch(self, block: nn.Module) -> Check | None:
+        """Looks at what autograd saves of `block`: raises `MemoryPlanError` for a view of its weights.
+
+        None if the block stays on the device: it may save what it likes.
+        """
         master = next((self._masters[index] for index in self._masters if self.blocks[index] is block), None)
         if master is None:
-            yield
-            return
+            return None
         weights = {id(tensor) for tensor in master.tensors}
         memory = {slot.buffer.untyped_storage().data_ptr() for slot in self._ring}
 
-        def pack(tensor: Tensor) -> Tensor:
+        def check(tensor: Tensor) -> None:
             if tensor.untyped_storage().data_ptr() in memory and id(tensor) not in weights:
-                raise RuntimeError("a view of a streamed weight was saved for backward; use --activation_memory off")
-            return tensor
+                raise MemoryPlanError(
+                    "a block whose weights are swapped was to keep a view of them for backward, which would show other "
+                    "weights by then; use --gradient_checkpointing --activation_memory off"
+                )
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
+        return check
 
     def _before_call(self, index: int, block: nn.Module, args: tuple[Any, ...]) -> None:
         self._prepare(index, turns=torch.is_grad_enabled())

@@ -6,11 +6,15 @@ from torch import Tensor, nn
 
 from tests.unit.memory.kept import cutting_backend
 from tests.unit.memory.wan import adapted_wan, losses_and_gradients
+from wanlora.foundation.errors import MemoryPlanError
+from wanlora.memory import checkpointing
 from wanlora.memory import compile as compiling
 from wanlora.memory.checkpointing import Kept, Recompute
 from wanlora.memory.compile import chooses_what_to_save, compile_blocks
+from wanlora.memory.offload import InputOffload
 from wanlora.memory.saving import Save
 from wanlora.memory.streaming import BlockStream
+from wanlora.memory.transfers import transfers_for
 
 CPU = torch.device("cpu")
 
@@ -57,17 +61,30 @@ def test_kept_streamed_blocks_give_the_same_numbers_and_are_called_once(asked: l
     assert stream.copies == 4 + 3 * (4 - 2) and stream.misses == 1
 
 
-def test_a_view_of_a_streamed_weight_is_not_saved_without_a_word() -> None:
-    blocks = [nn.Linear(8, 8).requires_grad_(False) for _ in range(3)]
-    stream = BlockStream(blocks, 3, CPU)
+class _Viewing(nn.Linear):
+    """Saves a view of its weight, whatever is asked for."""
+
+    def forward(self, x: Tensor, save: Save = "products") -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("kept", "offload"), [(Kept(3), False), (Kept(attention=3), False), (Kept(attention=3), True)])
+def test_a_view_of_a_streamed_weight_is_not_saved_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, kept: Kept, offload: bool
+) -> None:
+    monkeypatch.setattr(checkpointing, "chooses_what_to_save", lambda block: True)
+    blocks = [_Viewing(8, 8).requires_grad_(False) for _ in range(3)]
+    stream = BlockStream(blocks, 2, CPU, ring_size=1)
     stream.attach()
+    runner = Recompute(blocks, stream=stream, keep=lambda x: kept, offload=offload)
+    monkeypatch.setattr(runner, "_offload_for", lambda device: InputOffload(CPU, transfers_for(CPU)))
     x = torch.ones(2, 8, requires_grad=True)
-    with pytest.raises(RuntimeError, match="view of a streamed weight"), stream.watched(blocks[1]):
-        blocks[0](x)
-        saved: Tensor = blocks[1](x)
-    with stream.watched(nn.Linear(8, 8)):
-        saved = nn.Linear(8, 8)(x)
-    assert saved.requires_grad
+    for index, block in enumerate(blocks):
+        if index in stream.streamed_indexes:
+            with pytest.raises(MemoryPlanError, match="view of them for backward"):
+                runner(block, x)
+        else:
+            assert runner(block, x).requires_grad
 
 
 def test_other_compilers_take_no_wishes(asked: list[Save]) -> None:
