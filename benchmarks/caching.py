@@ -193,19 +193,21 @@ def _rerun(num_clips: int) -> dict[str, Any]:
     from wanlora.data.cache_files import source_fingerprint
     from wanlora.data.cache_tensors import write_latents
     from wanlora.data.plan import plan_datasets
-    from wanlora.quickstart.media import SCENES, write_clip
+    from wanlora.quickstart.media import write_clip
     from wanlora.quickstart.tiny_model import make_tiny_wan
+    from wanlora.quickstart.world import new_scenes
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         vae = make_tiny_wan(folder / "models").vae
         first = folder / "videos" / "clip_0000.mp4"
-        write_clip(first, SCENES[0], frames=60, width=64, height=64)
+        (scene,) = new_scenes(1, seed=0)
+        write_clip(first, scene, frames=60, width=64, height=64)
         for number in range(num_clips):
             path = folder / "videos" / f"clip_{number:04}.mp4"
             if path != first:
                 shutil.copy(first, path)
-            path.with_suffix(".txt").write_text(SCENES[0].caption, encoding="utf-8")
+            path.with_suffix(".txt").write_text(scene.caption, encoding="utf-8")
         dataset = folder / "dataset.toml"
         dataset.write_text(_TOML.format(folder=folder.as_posix()), encoding="utf-8")
         digest = identity(vae)

@@ -26,3 +26,10 @@ def test_both_encoders_are_measured(tmp_path: Path) -> None:
     (size,) = json.loads(path.read_text(encoding="utf-8"))["encode"].values()
     assert sorted(name.split()[0] for name in size) == ["diffusers", "musubi", "wanlora,"]
     assert all(found["seconds"] > 0 for found in size.values())
+
+
+def test_reruns_of_the_real_script_are_timed(tmp_path: Path) -> None:
+    assert main(["rerun", "--clips", "2", "--results", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("caching-*.json")
+    found = json.loads(path.read_text(encoding="utf-8"))["rerun"]
+    assert found["clips"] == 2 and len(found["seconds"]) == 3
