@@ -175,9 +175,12 @@ def test_graphs_and_other_passes_share_their_memory(recorded_at_once: None, monk
     plain = Run(replays=False)
     torch.cuda.reset_peak_memory_stats()
     plain.take([LARGE] * 4)
+    with torch.cuda.stream(torch.cuda.Stream()):  # products on a second stream take workspaces, in both runs
+        torch.ones(16, 16, device=CARD).matmul(torch.ones(16, 16, device=CARD))
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     del plain
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     run = Run(replays=True)
     run.take([LARGE] * 3)  # the third is recorded, in as much memory as a pass takes
@@ -187,7 +190,7 @@ def test_graphs_and_other_passes_share_their_memory(recorded_at_once: None, monk
     run.take([LARGE, medium, LARGE, medium])
     assert run.replays.replayed == 3
     assert torch.cuda.max_memory_allocated() < allocated + 8 * MIB
-    assert torch.cuda.max_memory_reserved() < reserved + 96 * MIB  # 64 are workspaces of cuBLAS for another stream
+    assert torch.cuda.max_memory_reserved() < reserved + 64 * MIB
 
 
 def test_everything_is_given_back_and_recorded_anew(recorded_at_once: None) -> None:

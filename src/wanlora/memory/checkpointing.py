@@ -91,9 +91,8 @@ class Recompute:
         place = self._places.get(id(block))
         if place is not None and place < kept.blocks:
             self.kept += 1
-            wish = {"save": "everything"} if kept.everything and self.chooses else {}
             with self._watched(block):
-                out: Tensor = block(x, *args, **wish)
+                out: Tensor = block(x, *args, save="everything") if kept.everything else block(x, *args)
             return out
         if place is not None and place < kept.blocks + kept.attention:
             self.attention_kept += 1

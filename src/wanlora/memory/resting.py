@@ -63,11 +63,6 @@ def transposed_weights(sizes: WanSizes) -> int:
     return sum(out * into for out, into in linear_sizes(sizes).values())
 
 
-def adapter_parameters(sizes: WanSizes, rank: int) -> int:
-    """Trained numbers of one block whose linear layers all have an adapter of `rank`."""
-    return sum(rank * (out + into) for out, into in linear_sizes(sizes).values())
-
-
 def _matrix(size: tuple[int, int], formats: WeightFormats) -> int:
     out, into = size
     if not formats.fp8:

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit.memory.adapters import adapter_parameters
 from wanlora.foundation.errors import ConfigError
 from wanlora.memory.cards import CARDS, detect_card, find_card, recognise_card, step_seconds
 from wanlora.memory.flops import Flops, step_flops
-from wanlora.memory.resting import adapter_parameters
 from wanlora.models.wan.spec import TASKS
 
 WAN_14B = TASKS["t2v-14B"].sizes

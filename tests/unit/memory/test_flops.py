@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.unit.memory.adapters import adapter_parameters
 from wanlora.memory.flops import forward_flops, step_flops
-from wanlora.memory.resting import adapter_parameters
 from wanlora.models.wan.spec import TASKS, WanSizes
 from wanlora.models.wan.transformer import WanTransformer
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit.memory.adapters import adapter_parameters
 from tests.unit.memory.kept import LATENT, held_bytes
 from wanlora.memory.footprint import (
     ADAPTABLE,
@@ -19,7 +20,7 @@ from wanlora.memory.footprint import (
     step_peak,
     workspace,
 )
-from wanlora.memory.resting import WeightFormats, adapter_parameters, block_weights, outer_weights
+from wanlora.memory.resting import WeightFormats, block_weights, outer_weights
 from wanlora.memory.saving import Save
 from wanlora.models.wan.spec import TASKS, WanSizes
 

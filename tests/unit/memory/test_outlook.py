@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.unit.memory.adapters import adapter_parameters
 from wanlora.memory.cards import CARDS
 from wanlora.memory.checkpointing import Kept
 from wanlora.memory.footprint import BlockMaths, attention_per_token
 from wanlora.memory.outlook import Load, Outlook, cures, fewest_swapped, fits
-from wanlora.memory.resting import WeightFormats, adapter_parameters, block_weights
+from wanlora.memory.resting import WeightFormats, block_weights
 from wanlora.models.wan.spec import TASKS
 
 GIB = 2**30

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.unit.memory.adapters import adapter_parameters
 from tests.unit.memory.kept import adapted_block
 from wanlora.memory.footprint import BlockMaths
-from wanlora.memory.resting import WeightFormats, adapter_parameters, block_weights, linear_sizes, outer_weights
+from wanlora.memory.resting import WeightFormats, block_weights, linear_sizes, outer_weights
 from wanlora.models.wan.spec import WanSizes
 from wanlora.models.wan.transformer import WanTransformer
 

@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.unit.memory.adapters import adapter_parameters
 from tests.unit.training.conftest import Checked
 from wanlora.foundation.log import log
 from wanlora.foundation.shapes import PixelShape
 from wanlora.memory.checkpointing import Kept
 from wanlora.memory.footprint import BlockMaths
 from wanlora.memory.outlook import Outlook
-from wanlora.memory.resting import WeightFormats, adapter_parameters
+from wanlora.memory.resting import WeightFormats
 from wanlora.models.wan.spec import TASKS
 from wanlora.training.forecast import Measured, PeakForecast, Size, TimeForecast, sizes_of_epoch
 
