@@ -64,7 +64,13 @@ class Run:
     """Steps of a small model with LoRA and dropout; with `mixed` every fourth batch has a longer text."""
 
     def __init__(
-        self, *, replays: bool, compiled: bool = False, batches_per_step: int = 1, mixed: bool = False
+        self,
+        *,
+        replays: bool,
+        compiled: bool = False,
+        batches_per_step: int = 1,
+        mixed: bool = False,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     ) -> None:
         self.mixed = mixed
         torch.manual_seed(0)
@@ -77,7 +83,7 @@ class Run:
             compile_blocks(model.blocks)
         self.batches_per_step = batches_per_step
         flat = FlatGroups([{"params": list(network.parameters()), "lr": 1e-2}])
-        optimizer = torch.optim.AdamW(flat.groups)
+        made = optimizer(flat.groups)
         noise = Noise(Streams(7), build_plan(timestep_sampling="uniform"), lambda epoch: [1] * 64)
         guard = MemoryGuard(CARD)
         self.replays = (
@@ -87,8 +93,8 @@ class Run:
         self.step = TrainingStep(
             objective=FlowObjective(model, noise, LOSS_WEIGHTINGS.get("cosmap"), CARD),
             parameters=flat.vectors,
-            optimizer=optimizer,
-            rates=PureRates(optimizer, lambda step: 1.0),
+            optimizer=made,
+            rates=PureRates(made, lambda step: 1.0),
             engine=Engine(Accelerator(mixed_precision="no")),
             streams=Streams(7),
             max_grad_norm=1.0,
@@ -108,7 +114,7 @@ class Run:
             for place in range(self.batches_per_step)
         ]
         self.taken += self.batches_per_step
-        report = self.step.measure(share, Position(), self.batches_per_step)
+        report = self.step.read(self.step.queue(share, Position(), self.batches_per_step))
         self.step.update(Position())
         return report.loss, report.grad_norm
 

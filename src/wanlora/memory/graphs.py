@@ -26,11 +26,13 @@ from typing import Any
 
 import torch
 
+from wanlora.memory.marks import CardMarks
+
 Work = Callable[[], None]
 
 
-class CardGraphs:
-    """Records and replays work on one card."""
+class CardGraphs(CardMarks):
+    """Records and replays work on one card, and marks moments in it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
@@ -44,16 +46,6 @@ class CardGraphs:
     def is_open(self) -> bool:
         """Whether passes share a pool."""
         return self._pool is not None
-
-    def mark(self) -> torch.cuda.Event:
-        """This moment on the card."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, began: torch.cuda.Event, ended: torch.cuda.Event) -> float:
-        """The card's time between two marks that it has passed."""
-        return began.elapsed_time(ended) / 1000
 
     def run(self, work: Work) -> None:
         """Queue `work`, from the pool if there is one."""

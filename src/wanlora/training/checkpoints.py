@@ -55,6 +55,10 @@ class Checkpoints:
         self.finished = False
         """The last file of the run has been written."""
 
+    def is_due(self, position: Position, *, epoch_ended: bool) -> bool:
+        """Whether something is saved at `position`."""
+        return position.step >= self.total_steps or bool(self._due(position, epoch_ended))
+
     def when_due(self, position: Position, *, epoch_ended: bool) -> None:
         """Save what falls due at `position`: the finished run, or a file and a state on the way."""
         if position.step >= self.total_steps:

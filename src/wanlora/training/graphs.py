@@ -17,7 +17,7 @@ come again.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Protocol
@@ -85,7 +85,7 @@ class _Watched:
 
 
 class Replays:
-    """Call it for every pass, `passes_queued` behind all passes of a step and `settle` after its update.
+    """Call it for every pass, `passes_queued` and `take_watched` behind all of a step, `settle` after its update.
 
     `clock` gives seconds.
     """
@@ -140,15 +140,21 @@ class Replays:
             self.keeping.meter.reset()
 
     def settle(self) -> None:
-        """The step is done, and the card has passed its marks: judge what was watched."""
+        """The step's update is queued."""
         if self.keeping.meter:
             self._aside = max(self._aside, self.keeping.meter.peak() - self.keeping.meter.allocated())
         self.keeping.aside = self._aside + self.card.outside if self.card.is_open else 0
-        for seen in self._watched:
+
+    def take_watched(self) -> Callable[[], None]:
+        """Judges, once the card has passed their marks, the passes that were watched since the last call."""
+        watched, self._watched = self._watched, []
+        return partial(self._judge, watched)
+
+    def _judge(self, watched: Sequence[_Watched]) -> None:
+        for seen in watched:
             taken = self.card.seconds(seen.began, seen.ended)
             waited = seen.settled and taken - seen.seconds < _BEHIND * taken
             self._sightings[seen.key] = self._sightings[seen.key] + 1 if waited else 0
-        self._watched.clear()
 
     def release(self) -> None:
         """Give all memory back, between steps; recorded sizes are recorded anew when they come again."""

@@ -1,5 +1,11 @@
-"""The training loop."""
+"""The training loop.
 
+The host may be a few steps ahead of the card (`ahead.py`): a step is queued, with its update, and read when later ones
+have been queued. Whatever looks at the weights, saves them or ends the run comes after all that was queued has been
+read.
+"""
+
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,17 +14,19 @@ from wanlora.data.order import BatchSpec
 from wanlora.foundation.errors import UserError
 from wanlora.foundation.log import log
 from wanlora.foundation.ranks import Rank
+from wanlora.memory.checkpointing import Kept
 from wanlora.training.after_step import AfterStep
+from wanlora.training.ahead import HostState
 from wanlora.training.checkpoints import Checkpoints
 from wanlora.training.forecast import Forecast, Measured, Size
 from wanlora.training.guard import bucket_name
 from wanlora.training.interrupts import Interrupts
 from wanlora.training.metrics import Metrics
 from wanlora.training.optimizers import learning_rates
-from wanlora.training.pace import Pace
+from wanlora.training.pace import Pace, PacedStep
 from wanlora.training.position import Position, StepBatches, indexes_left, steps_left
 from wanlora.training.previews import Previews
-from wanlora.training.step import IndexedBatch, TrainingStep
+from wanlora.training.step import DivergedError, IndexedBatch, QueuedStep, StepReport, TrainingStep
 from wanlora.training.validation import Validation
 
 EpochOrder = Callable[[int], tuple[BatchSpec, ...]]
@@ -34,6 +42,25 @@ class Work:
     share: list[IndexedBatch]
     num_batches: int
     epoch_length: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Updated:
+    """A step whose update is queued, with all that is told of it."""
+
+    queued: QueuedStep
+    report: StepReport | None
+    """None if it has not been read."""
+    host_state: HostState | None
+    """Puts the optimizer back if it turns out not to be sound."""
+    work: Work
+    position: Position
+    """After the step."""
+    paced: PacedStep
+    values: Mapping[str, float]
+    kept: Kept
+    streamed: int
+    transposed: bool
 
 
 class Feed:
@@ -77,7 +104,9 @@ class Trainer:
         interrupts: Interrupts,
         position: Position,
         total_steps: int,
+        ahead: int = 0,
     ) -> None:
+        """Up to `ahead` steps are queued before the oldest is read."""
         self.feed = feed
         self.step = step
         self.after_step = after_step
@@ -91,6 +120,8 @@ class Trainer:
         self.interrupts = interrupts
         self.position = position
         self.total_steps = total_steps
+        self.ahead = ahead
+        self._unread: deque[_Updated] = deque()
         self.first_step = position.step
         self.updating = False
         """The weights are being changed: they belong to no position."""
@@ -121,48 +152,97 @@ class Trainer:
             self.pace.loaded()
             epoch = self.position.epoch
             self._train_step(work)
-            ended = self.position.epoch > epoch
+            ended, ends = self.position.epoch > epoch, self.position.step == self.total_steps
+            self._read(leave=0 if ended or ends or self._is_due() else self.ahead)
             if ended:
                 self.metrics.end_epoch(self.position)
-            self.validation.when_due(self.position, epoch_ended=ended, ends=self.position.step == self.total_steps)
+            self.validation.when_due(self.position, epoch_ended=ended, ends=ends)
             if self.checkpoints:
                 self.checkpoints.when_due(self.position, epoch_ended=ended)
             self.interrupts.agree()
             self.previews.when_due(self.position, epoch_ended=ended)
-            if self.position.step == self.total_steps:
+            if ends:
                 return
             self.pace.begin()
 
+    def _is_due(self) -> bool:
+        """Whether something looks at the weights now, in the middle of an epoch."""
+        looks = [self.validation.is_due, self.previews.is_due, *([self.checkpoints.is_due] if self.checkpoints else [])]
+        return any(is_due(self.position, epoch_ended=False) for is_due in looks)
+
     def _train_step(self, work: Work) -> None:
-        report = self.step.measure(work.share, self.position, work.num_batches)
+        step, guard = self.step, self.step.guard
+        queued = step.queue(work.share, self.position, work.num_batches)
+        report = None if self.ahead and step.can_go_ahead else step.read(queued)
         with self.interrupts.held():
             self.updating = True
-            self.step.update(self.position)
+            host_state = None
+            if report is None:
+                host_state = step.update_unread(queued)
+            else:
+                step.update(self.position)
             after = self.after_step()
             self.position = self.position.after(work.num_batches, epoch_length=work.epoch_length)
             self.updating = False
-            taken = self.pace.finish(" + ".join(sorted(bucket_name(item.batch) for item in work.share)))
-            if report.replayed:
-                taken.pop("memory/peak_gib", None)
-            self.metrics.record(report, self.position, after | taken | learning_rates(self.step.optimizer))
-            self._compare(work, taken)
+            self._unread.append(
+                _Updated(
+                    queued=queued,
+                    report=report,
+                    host_state=host_state,
+                    work=work,
+                    position=self.position,
+                    paced=self.pace.finish(" + ".join(sorted(bucket_name(item.batch) for item in work.share))),
+                    values=after | learning_rates(step.optimizer),
+                    kept=guard.kept,
+                    streamed=len(guard.stream.streamed_indexes) if guard.stream else 0,
+                    transposed=guard.transposed.are_kept,
+                )
+            )
 
-    def _compare(self, work: Work, taken: Mapping[str, float]) -> None:
-        """Hold what was foretold against the step that was just done."""
-        stream = self.step.guard.stream
+    def _read(self, *, leave: int) -> None:
+        """Read the oldest of the steps that are queued, but for the last `leave`, and tell what they did.
+
+        Raises `DivergedError` for one that was not sound; the run then stands before it.
+        """
+        while len(self._unread) > leave:
+            with self.interrupts.held():
+                self._tell(self._unread.popleft())
+
+    def _tell(self, step: _Updated) -> None:
+        try:
+            report = step.report or self.step.read(step.queued)
+        except DivergedError:
+            self._unread.clear()
+            self.position = step.queued.position
+            if step.host_state is not None:
+                self.step.taken_back.put_back(step.host_state)
+            raise
+        taken = self.pace.judge(step.paced)
+        if report.replayed:
+            taken.pop("memory/peak_gib", None)
+        self.metrics.record(report, step.position, {**step.values, **taken})
+        self._compare(step, taken)
+
+    def _compare(self, step: _Updated, taken: Mapping[str, float]) -> None:
+        """Hold what was foretold against a step that was done."""
         measured = Measured(
-            sizes=[Size(item.batch.pixels, len(item.batch.names)) for item in work.share],
+            sizes=[Size(item.batch.pixels, len(item.batch.names)) for item in step.work.share],
             seconds=taken["seconds"],
             peak=taken.get("memory/peak_gib"),
-            kept=self.step.guard.kept,
-            streamed=len(stream.streamed_indexes) if stream else 0,
-            transposed=self.step.guard.transposed.are_kept,
+            kept=step.kept,
+            streamed=step.streamed,
+            transposed=step.transposed,
         )
         for forecast in self.forecasts:
-            forecast(measured, self.total_steps - self.position.step)
+            forecast(measured, self.total_steps - step.position.step)
 
     def _keep(self) -> None:
         """Save a run that ends early, unless nothing was trained or the weights are those of half a step."""
+        with self.interrupts.ignored():
+            try:
+                self._read(leave=0)
+            except (UserError, OSError, RuntimeError) as error:
+                log.warning(str(error))
         if self.checkpoints is None or self.checkpoints.finished:
             return
         if self.updating or self.position.step == self.first_step:

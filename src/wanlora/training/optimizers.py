@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -209,6 +210,28 @@ def set_mode(optimizer: Optimizer, *, training: bool) -> None:
     switch = getattr(optimizer, "train" if training else "eval", None)
     if callable(switch):
         switch()
+
+
+@contextmanager
+def without_waiting(optimizer: Optimizer) -> Iterator[None]:
+    """Let bitsandbytes queue its updates and go on: it stops the host after each, for which only paged states have use.
+
+    Paged optimizers are left alone.
+    """
+    module: Any = sys.modules.get("bitsandbytes.optim.optimizer")
+    wait = getattr(module, "sync_gpu", None)
+    if wait is None or getattr(optimizer, "is_paged", True):
+        yield
+        return
+    module.sync_gpu = _go_on
+    try:
+        yield
+    finally:
+        module.sync_gpu = wait
+
+
+def _go_on(parameter: Tensor) -> None:
+    pass
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:

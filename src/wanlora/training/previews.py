@@ -72,13 +72,22 @@ class Previews:
         if self.config.sample_at_first and position.step == 0:
             self._draw_all(step=0)
 
+    def is_due(self, position: Position, *, epoch_ended: bool) -> bool:
+        """Whether prompts are drawn after the step that led to `position`."""
+        every_steps = self.config.sample_every_n_steps
+        return self._ends_span(position, epoch_ended) or bool(every_steps and position.step % every_steps == 0)
+
     def when_due(self, position: Position, *, epoch_ended: bool) -> None:
         """After a step: once, also when a step and an epoch fall due together."""
-        every_steps, every_epochs = self.config.sample_every_n_steps, self.config.sample_every_n_epochs
-        if epoch_ended and every_epochs and position.epoch % every_epochs == 0:
+        if self._ends_span(position, epoch_ended):
             self._draw_all(epoch=position.epoch)
-        elif every_steps and position.step % every_steps == 0:
+        elif self.is_due(position, epoch_ended=epoch_ended):
             self._draw_all(step=position.step)
+
+    def _ends_span(self, position: Position, epoch_ended: bool) -> bool:
+        """Whether so many epochs have ended that previews are due."""
+        every_epochs = self.config.sample_every_n_epochs
+        return bool(epoch_ended and every_epochs and position.epoch % every_epochs == 0)
 
     def _draw_all(self, *, step: int | None = None, epoch: int | None = None) -> None:
         indexes = range(len(self.materials.requests))

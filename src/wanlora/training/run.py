@@ -16,10 +16,12 @@ from wanlora.foundation.laps import start
 from wanlora.foundation.log import log
 from wanlora.foundation.random import Streams
 from wanlora.memory.limit import CardLimit, limit_card
+from wanlora.memory.marks import marks_for
 from wanlora.memory.measure import MemorySettings, explain_out_of_memory, is_out_of_memory, memory_figures
 from wanlora.models.wan.vae import load_vae
 from wanlora.quantization.fast_linear import fast_layers
 from wanlora.training.after_step import AfterStep
+from wanlora.training.ahead import AHEAD
 from wanlora.training.announce import announce, show_timesteps
 from wanlora.training.build import Trainee, build_trainee, keep_transposed
 from wanlora.training.checkpoints import Checkpoints
@@ -259,7 +261,7 @@ class Run:
             feed=self._feed(),
             step=step,
             after_step=AfterStep(trainee.network, self.config.network.scale_weight_norms),
-            pace=Pace(trainee.keeping.meter),
+            pace=Pace(trainee.keeping.meter, marks_for(self.engine.device)),
             forecasts=self._forecasts(trainee) if main else (),
             trial=self._trial(step),
             metrics=metrics,
@@ -269,6 +271,7 @@ class Run:
             interrupts=Interrupts(self.engine),
             position=self.position,
             total_steps=self.total_steps,
+            ahead=steps_ahead(self.config, self.engine),
         )
 
     def _forecasts(self, trainee: Trainee) -> list[Forecast]:
@@ -375,6 +378,18 @@ class Run:
         )
         figures = guard.figures or memory_figures(self.engine.device)
         return explain_out_of_memory(figures, settings, bucket=describe(guard.working), clips=guard.working.names)
+
+
+def steps_ahead(config: TrainConfig, engine: Engine) -> int:
+    """How many steps are queued before the oldest is read.
+
+    None on a CPU, which has nothing to do in the meantime, where norms of weights are read after each update, and where
+    processes exchange the names of what they train on. Inputs of blocks that go to the host keep their memory until the
+    card has copied them: that must not be more than a step's.
+    """
+    memory, network = config.memory, config.network
+    reads = network.scale_weight_norms is not None or memory.gradient_checkpointing_cpu_offload
+    return 0 if engine.device.type != "cuda" or engine.rank.count > 1 or reads else AHEAD
 
 
 def set_backends(config: RunConfig) -> None:

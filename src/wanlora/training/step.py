@@ -1,13 +1,14 @@
 """One optimizer step: forward and backward over its batches, reduction, checks, update.
 
 Losses are divided by the number of batches of the whole step over all processes, and gradients are summed over
-processes, so accumulation and processes are interchangeable. The host reads the device once per step, after backward:
-the update waits for the verdict that loss and gradient are finite, so weights that could be saved are never touched by
-a number that is none. `measure` ends before the weights change, `update` changes them. Passes that run out of memory
-are repeated by a guard (`guard.py`).
+processes, so accumulation and processes are interchangeable. The host reads the device once per step, and weights that
+could be saved are never touched by a number that is none: either the step is read before the update, or the update is
+one that takes itself back (`ahead.py`) and the step is read when later ones have been queued. `queue` ends before the
+weights change, `update` changes them, `read` tells what the step did. Passes that run out of memory are repeated by a
+guard (`guard.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,11 +19,13 @@ from torch.optim import Optimizer
 from wanlora.data.dataset import Batch
 from wanlora.foundation.errors import UserError
 from wanlora.foundation.random import Streams
+from wanlora.training.ahead import HostState, Reading, TakenBack
 from wanlora.training.engine import Engine
 from wanlora.training.flat import FlatGroups
 from wanlora.training.graphs import Replays
 from wanlora.training.guard import MemoryGuard, bucket_name
 from wanlora.training.objective import FlowObjective, Inputs
+from wanlora.training.optimizers import without_waiting
 from wanlora.training.position import Position
 from wanlora.training.rates import Rates
 
@@ -47,6 +50,23 @@ class StepReport:
     """Some pass was replayed as a CUDA graph; the allocator is not asked for its memory."""
     skipped: bool = False
     """float16 only: the gradient overflowed at the current loss scale, and the update was left out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QueuedStep:
+    """A step whose passes are queued, and may be done or not."""
+
+    position: Position
+    """Before the step."""
+    numbers: Tensor
+    """Loss over all processes and norm of the gradient, on the device."""
+    reading: Reading
+    """The same, on their way to the host."""
+    names: list[str]
+    timesteps: list[float]
+    replayed: bool
+    judge: Callable[[], None]
+    """To be called when the step has been read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +110,12 @@ class TrainingStep:
         self.guard = guard or MemoryGuard(engine.device)
         self.flat = flat
         self.replays = replays
+        self.taken_back = TakenBack(optimizer, parameters, engine.device)
         self._total = torch.zeros((), device=engine.device)
         """The loss of the passes so far, over the batches of the step; it stays where it is."""
 
-    def measure(self, share: Sequence[IndexedBatch], position: Position, num_batches: int) -> StepReport:
-        """Loss and clipped gradient of a step's `num_batches` batches, of which this process has `share`.
-
-        Raises `DivergedError`, with the items named, if the loss or its gradient is not finite; the weights are then
-        as before.
-        """
+    def queue(self, share: Sequence[IndexedBatch], position: Position, num_batches: int) -> QueuedStep:
+        """Queue loss and clipped gradient of a step's `num_batches` batches, of which this process has `share`."""
         replayed = self._num_replayed
         total, names, levels = self.guard.run(partial(self._passes, share, position, num_batches), self.drop_gradients)
         if self.replays:
@@ -109,16 +126,33 @@ class TrainingStep:
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         norm = self._clip()
-        loss_value, norm_value = self._read(total, norm)
+        numbers = torch.stack([self.engine.sum(total), norm.to(total)])
+        return QueuedStep(
+            position=position,
+            numbers=numbers,
+            reading=Reading.of(numbers),
+            names=names,
+            timesteps=levels,
+            replayed=self._num_replayed > replayed,
+            judge=self.replays.take_watched() if self.replays else lambda: None,
+        )
+
+    def read(self, queued: QueuedStep) -> StepReport:
+        """What a step did; waits for the device.
+
+        Raises `DivergedError`, with the items named, if the loss or its gradient is not finite.
+        """
+        loss_value, norm_value = queued.reading.get()
+        queued.judge()
         report = StepReport(
             loss=loss_value,
             grad_norm=norm_value,
-            names=tuple(name for part in self.engine.gather_objects(names) for name in part),
-            timesteps=tuple(t for part in self.engine.gather_objects(levels) for t in part),
-            replayed=self._num_replayed > replayed,
+            names=tuple(name for part in self.engine.gather_objects(queued.names) for name in part),
+            timesteps=tuple(t for part in self.engine.gather_objects(queued.timesteps) for t in part),
+            replayed=queued.replayed,
             skipped=self._overflowed(loss_value, norm_value),
         )
-        self._refuse_non_finite(report, position)
+        self._refuse_non_finite(report, queued.position)
         return report
 
     def _passes(
@@ -165,17 +199,30 @@ class TrainingStep:
             self.replays.release()
 
     def update(self, position: Position) -> None:
-        """Apply the gradient that `measure` has left, at the learning rates of this step."""
+        """Apply the gradient that `queue` has left, at the learning rates of this step. For a step that was read."""
         torch.manual_seed(self.streams.seed("optimizer", position.step))  # some optimizers round stochastically
         self.rates.before(position.step)
         if self.scaler:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            self.optimizer.step()
+            with without_waiting(self.optimizer):
+                self.optimizer.step()
         self.drop_gradients()
         if self.replays:
             self.replays.settle()
+
+    @property
+    def can_go_ahead(self) -> bool:
+        """Whether a step may be updated before it is read."""
+        return self.scaler is None and self.taken_back.is_possible
+
+    def update_unread(self, queued: QueuedStep) -> HostState:
+        """`update` for a step that was not read: without effect on the device if it, or one before, is not sound.
+
+        Returns what `taken_back.put_back` needs if it turns out not to be.
+        """
+        return self.taken_back.update(partial(self.update, queued.position), queued.numbers)
 
     @property
     def _num_replayed(self) -> int:
@@ -184,11 +231,6 @@ class TrainingStep:
     def _clip(self) -> Tensor:
         limit = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
         return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-
-    def _read(self, total: Tensor, norm: Tensor) -> tuple[float, float]:
-        """The one look at the device: the loss over all processes, and the norm."""
-        loss_value, norm_value = torch.stack([self.engine.sum(total), norm.to(total)]).tolist()
-        return loss_value, norm_value
 
     def _overflowed(self, loss: float, norm: float) -> bool:
         return self.scaler is not None and is_finite(loss) and not is_finite(norm)

@@ -138,12 +138,16 @@ class Validation:
         self.standing = replace(self.standing, base=base if base is not None and is_finite(base) else None)
         self._take(loss, position, {} if base is None else {BASE_LOSS: base})
 
-    def when_due(self, position: Position, *, epoch_ended: bool, ends: bool) -> None:
-        """After a step: once, also when a step, an epoch and the end (`ends`) fall due together."""
+    def is_due(self, position: Position, *, epoch_ended: bool) -> bool:
+        """Whether the loss is measured after the step that led to `position`, which is not the last."""
         every_steps, every_epochs = self.config.validate_every_n_steps, self.config.epochs_between
         due = bool(every_steps and position.step % every_steps == 0)
         due |= bool(epoch_ended and every_epochs and position.epoch % every_epochs == 0)
-        if self.samples is not None and (due or ends):
+        return self.samples is not None and due
+
+    def when_due(self, position: Position, *, epoch_ended: bool, ends: bool) -> None:
+        """After a step: once, also when a step, an epoch and the end (`ends`) fall due together."""
+        if self.samples is not None and (ends or self.is_due(position, epoch_ended=epoch_ended)):
             loss = self._measure(self.samples, position)
             if loss is not None:
                 self._take(loss, position, {})

@@ -15,8 +15,9 @@ from wanlora.foundation.shapes import PixelShape
 from wanlora.training.engine import Engine
 from wanlora.training.flat import FlatGroups
 from wanlora.training.objective import FlowObjective, Noise
+from wanlora.training.position import Position
 from wanlora.training.rates import PureRates
-from wanlora.training.step import IndexedBatch, TrainingStep
+from wanlora.training.step import IndexedBatch, StepReport, TrainingStep
 
 CPU = torch.device("cpu")
 PIXELS = PixelShape(32, 16, 5)
@@ -78,12 +79,13 @@ def step_of(
     scaler: torch.amp.GradScaler | None = None,
     made: Noise | None = None,
     flat: bool = False,
+    momentum: float = 0.0,
 ) -> TrainingStep:
-    """Plain gradient descent at rate 1."""
+    """Gradient descent at rate 1."""
     groups = [{"params": list(model.parameters()), "lr": 1.0, "name": "unet"}]
     vectors = FlatGroups(groups) if flat else None
     parameters = vectors.vectors if vectors else list(model.parameters())
-    optimizer = torch.optim.SGD(vectors.groups if vectors else groups)
+    optimizer = torch.optim.SGD(vectors.groups if vectors else groups, momentum=momentum)
     return TrainingStep(
         objective=objective(model, made),
         parameters=parameters,
@@ -95,3 +97,8 @@ def step_of(
         scaler=scaler,
         flat=vectors,
     )
+
+
+def measure(step: TrainingStep, share: Sequence[IndexedBatch], position: Position, num_batches: int) -> StepReport:
+    """A step up to its update."""
+    return step.read(step.queue(share, position, num_batches))

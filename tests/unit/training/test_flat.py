@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.unit.training.parts import Velocity, indexed, step_of
+from tests.unit.training.parts import Velocity, indexed, measure, step_of
 from wanlora.config.train import OptimizerConfig
 from wanlora.training.flat import FlatGroups, FlatParameters
 from wanlora.training.optimizers import choose_optimizer
@@ -73,11 +73,11 @@ def test_a_training_step_is_the_same_and_leaves_no_gradient() -> None:
     expected = step_of(plain)
     step = step_of(model, flat=True)
     for trained in (expected, step):
-        report = trained.measure(indexed([0, 1]), Position(), 2)
+        report = measure(trained, indexed([0, 1]), Position(), 2)
         trained.update(Position())
         assert report.grad_norm > 0
     torch.testing.assert_close(model.mix, plain.mix)
-    step.measure(indexed([2]), Position(), 1)
+    measure(step, indexed([2]), Position(), 1)
     step.drop_gradients()
     assert model.mix.grad is None and all(vector.grad is None for vector in step.parameters)
 

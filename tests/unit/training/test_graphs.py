@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.unit.training.parts import CPU, PIXELS, Velocity, batch, indexed, objective, step_of
+from tests.unit.training.parts import CPU, PIXELS, Velocity, batch, indexed, measure, objective, step_of
 from wanlora.config.train import MemoryConfig, NetworkConfig, OptimizerConfig, TrainConfig
 from wanlora.data.dataset import Batch
 from wanlora.foundation.log import log
@@ -118,7 +118,7 @@ class Run:
 
 
 def taken(step: TrainingStep, share: Sequence[IndexedBatch], num_batches: int) -> StepReport:
-    report = step.measure(share, Position(), num_batches)
+    report = measure(step, share, Position(), num_batches)
     step.update(Position())
     return report
 

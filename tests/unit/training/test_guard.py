@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.unit.memory.wan import adapted_wan
 from tests.unit.quantization.test_fast_linear import make_linear
-from tests.unit.training.parts import CPU, Velocity, batch, indexed, step_of
+from tests.unit.training.parts import CPU, Velocity, batch, indexed, measure, step_of
 from wanlora.foundation import log as logs
 from wanlora.memory.checkpointing import Recompute
 from wanlora.memory.keeping import Keeping
@@ -213,11 +213,11 @@ def test_gradients_of_the_failed_attempt_are_dropped(fails_at: int, monkeypatch:
     plain, failing = Velocity(), Exhausted()
     plain.dropout.p = failing.dropout.p = 0.5
     failing.fails_at = fails_at
-    expected = step_of(plain).measure(indexed([0, 1, 2]), Position(), 3)
+    expected = measure(step_of(plain), indexed([0, 1, 2]), Position(), 3)
     step = step_of(failing)
     step.guard = MemoryGuard(CPU, retry=True)
     monkeypatch.setattr(step.guard, "_relief", lambda: lambda: None)
-    report = step.measure(indexed([0, 1, 2]), Position(), 3)
+    report = measure(step, indexed([0, 1, 2]), Position(), 3)
     assert failing.calls == fails_at + 3
     assert report == expected
     assert plain.mix.grad is not None and failing.mix.grad is not None

@@ -1,6 +1,7 @@
 """The loop: which batches reach it, and what is kept of a run that ends early."""
 
 import signal
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,9 +19,15 @@ from wanlora.training.loop import Feed, Trainer
 from wanlora.training.metrics import Metrics
 from wanlora.training.pace import Pace
 from wanlora.training.position import Position
-from wanlora.training.step import StepReport, TrainingStep
+from wanlora.training.step import DivergedError, QueuedStep, TrainingStep
 
 LENGTH = 4
+
+
+@pytest.fixture(params=[0, 2])
+def ahead(request: pytest.FixtureRequest) -> int:
+    """Steps that are queued before the oldest is read."""
+    return int(request.param)
 
 
 def order(epoch: int) -> tuple[BatchSpec, ...]:
@@ -32,24 +39,32 @@ def load(specs: list[BatchSpec]) -> Iterable[Batch]:
 
 
 class Saved:
-    """Checkpoints that remember position and weights."""
+    """Checkpoints that remember position and weights; with `every` also in the middle of epochs."""
 
-    def __init__(self, step: TrainingStep, total: int) -> None:
+    def __init__(self, step: TrainingStep, total: int, every: int | None = None) -> None:
+        self.every = every
+        self.on_event: Callable[[], None] = lambda: None
         self.step = step
         self.total = total
         self.finished = False
         self.events: list[tuple[str, Position, torch.Tensor]] = []
 
+    def is_due(self, position: Position, *, epoch_ended: bool) -> bool:
+        return bool(self.every and position.step % self.every == 0)
+
     def when_due(self, position: Position, *, epoch_ended: bool) -> None:
         if position.step == self.total:
             self.finished = True
             self._note("end", position)
+        elif self.is_due(position, epoch_ended=epoch_ended):
+            self._note("due", position)
 
     def when_stopped(self, position: Position) -> str:
         self._note("stopped", position)
         return "the folder"
 
     def _note(self, what: str, position: Position) -> None:
+        self.on_event()
         self.events.append((what, position, self.step.parameters[0].detach().clone()))
 
 
@@ -63,6 +78,9 @@ class NoPreviews:
 
     def at_first(self, position: Position) -> None:
         self.seen.append((position.step, False))
+
+    def is_due(self, position: Position, *, epoch_ended: bool) -> bool:
+        return False
 
     def when_due(self, position: Position, *, epoch_ended: bool) -> None:
         self.seen.append((position.step, epoch_ended))
@@ -79,6 +97,9 @@ class NoValidation:
     def at_first(self, position: Position) -> None:
         self.seen.append((position.step, False, False))
 
+    def is_due(self, position: Position, *, epoch_ended: bool) -> bool:
+        return False
+
     def when_due(self, position: Position, *, epoch_ended: bool, ends: bool) -> None:
         self.seen.append((position.step, epoch_ended, ends))
         self.spoil(position)
@@ -87,12 +108,12 @@ class NoValidation:
 class Spoilt(TrainingStep):
     """A step that `before` and `after` an update does something else too."""
 
-    before_measure: Callable[[Position], None] = staticmethod(lambda position: None)
+    before_queue: Callable[[Position], None] = staticmethod(lambda position: None)
     after_update: Callable[[Position], None] = staticmethod(lambda position: None)
 
-    def measure(self, share: Any, position: Position, num_batches: int) -> StepReport:
-        self.before_measure(position)
-        return super().measure(share, position, num_batches)
+    def queue(self, share: Any, position: Position, num_batches: int) -> QueuedStep:
+        self.before_queue(position)
+        return super().queue(share, position, num_batches)
 
     def update(self, position: Position) -> None:
         super().update(position)
@@ -100,16 +121,18 @@ class Spoilt(TrainingStep):
 
 
 def trainer(
+    ahead: int,
     *,
     total: int = 6,
+    every: int | None = None,
     position: Position | None = None,
     previews: Callable[[Position], None] = lambda position: None,
     validation: Callable[[Position], None] = lambda position: None,
 ) -> tuple[Trainer, Spoilt, Saved]:
-    step = step_of(Velocity(), made=noise((1,) * LENGTH))
+    step = step_of(Velocity(), made=noise((1,) * LENGTH), momentum=0.5)
     step.__class__ = Spoilt
     assert isinstance(step, Spoilt)
-    saved = Saved(step, total)
+    saved = Saved(step, total, every)
     start = position or Position()
     made = Trainer(
         feed=Feed(order, load, Rank(), 1),
@@ -125,13 +148,14 @@ def trainer(
         interrupts=Interrupts(engine()),
         position=start,
         total_steps=total,
+        ahead=ahead,
     )
     return made, step, saved
 
 
 def weights_after(steps: int) -> torch.Tensor:
-    """The trained weights of an undisturbed run."""
-    made, _, saved = trainer(total=steps)
+    """The trained weights of an undisturbed run that reads every step before the next."""
+    made, _, saved = trainer(0, total=steps)
     made.train()
     return saved.events[-1][2]
 
@@ -148,10 +172,10 @@ def fail_at(step: int) -> Callable[[Position], None]:
     return fail
 
 
-def test_every_batch_of_every_epoch_comes_in_order() -> None:
-    made, step, _ = trainer(total=2 * LENGTH)
+def test_every_batch_of_every_epoch_comes_in_order(ahead: int) -> None:
+    made, step, _ = trainer(ahead, total=2 * LENGTH)
     seen: list[str] = []
-    step.before_measure = lambda position: seen.append(f"{position.epoch}.{position.batch}")
+    step.before_queue = lambda position: seen.append(f"{position.epoch}.{position.batch}")
     made.train()
     assert seen == [f"{epoch}.{index}" for epoch in range(2) for index in range(LENGTH)]
     assert made.position == Position(step=2 * LENGTH, epoch=2)
@@ -165,15 +189,15 @@ def test_a_feed_gives_the_same_rest_from_the_middle() -> None:
     assert [item.batch.names for item in rest] == [item.batch.names for item in whole[2:]]
 
 
-def test_the_end_is_saved_before_the_last_previews() -> None:
-    made, _, saved = trainer(previews=fail_at(6))
+def test_the_end_is_saved_before_the_last_previews(ahead: int) -> None:
+    made, _, saved = trainer(ahead, previews=fail_at(6))
     with pytest.raises(DataError):
         made.train()
     assert [(what, position.step) for what, position, _ in saved.events] == [("end", 6)]
 
 
-def test_forecasts_are_told_of_every_step_and_what_is_left() -> None:
-    made, step, _ = trainer(total=4)
+def test_forecasts_are_told_of_every_step_and_what_is_left(ahead: int) -> None:
+    made, step, _ = trainer(ahead, total=4)
     seen: list[tuple[Measured, int]] = []
     made.forecasts = [lambda measured, left: seen.append((measured, left))]
     made.train()
@@ -183,8 +207,8 @@ def test_forecasts_are_told_of_every_step_and_what_is_left() -> None:
     assert {(measured.kept, measured.streamed) for measured, _ in seen} == {(step.guard.kept, 0)}
 
 
-def test_validation_comes_first_and_is_told_of_every_step() -> None:
-    made, _, _ = trainer()
+def test_validation_comes_first_and_is_told_of_every_step(ahead: int) -> None:
+    made, _, _ = trainer(ahead)
     made.train()
     assert isinstance(made.validation, NoValidation)
     assert made.validation.seen == [
@@ -193,22 +217,23 @@ def test_validation_comes_first_and_is_told_of_every_step() -> None:
     ]
 
 
-def test_a_state_holds_what_was_validated_at_its_step() -> None:
-    made, _, saved = trainer(validation=lambda position: order.append((position.step, list(saved.events))))
+def test_a_state_holds_what_was_validated_at_its_step(ahead: int) -> None:
+    made, _, saved = trainer(ahead, validation=lambda position: order.append((position.step, list(saved.events))))
     order: list[tuple[int, list[Any]]] = []
     made.train()
     assert order[-1] == (6, []) and saved.events[-1][0] == "end"
 
 
-@pytest.mark.parametrize("moment", ["measuring", "previews", "validation"])
-def test_ctrl_c_keeps_the_steps_that_are_whole(moment: str) -> None:
+@pytest.mark.parametrize("moment", ["queueing", "previews", "validation"])
+def test_ctrl_c_keeps_the_steps_that_are_whole(ahead: int, moment: str) -> None:
     spoilt = {moment: press_ctrl_c_at(3)}
     made, step, saved = trainer(
+        ahead,
         previews=spoilt.get("previews", lambda position: None),
         validation=spoilt.get("validation", lambda position: None),
     )
-    if moment == "measuring":
-        step.before_measure = press_ctrl_c_at(3)
+    if moment == "queueing":
+        step.before_queue = press_ctrl_c_at(3)
     with pytest.raises(KeyboardInterrupt):
         made.train()
     ((what, position, weights),) = saved.events
@@ -216,8 +241,8 @@ def test_ctrl_c_keeps_the_steps_that_are_whole(moment: str) -> None:
     assert torch.equal(weights, weights_after(3))
 
 
-def test_ctrl_c_in_the_middle_of_an_update_keeps_the_finished_step() -> None:
-    made, step, saved = trainer()
+def test_ctrl_c_in_the_middle_of_an_update_keeps_the_finished_step(ahead: int) -> None:
+    made, step, saved = trainer(ahead)
     step.after_update = press_ctrl_c_at(2)  # the third update
     with pytest.raises(KeyboardInterrupt):
         made.train()
@@ -227,9 +252,9 @@ def test_ctrl_c_in_the_middle_of_an_update_keeps_the_finished_step() -> None:
     assert list(made.metrics.losses)[-1:] and len(made.metrics.losses) == 3
 
 
-def test_an_error_in_a_step_keeps_the_steps_before_and_passes_on() -> None:
-    made, step, saved = trainer()
-    step.before_measure = fail_at(4)
+def test_an_error_in_a_step_keeps_the_steps_before_and_passes_on(ahead: int) -> None:
+    made, step, saved = trainer(ahead)
+    step.before_queue = fail_at(4)
     with pytest.raises(DataError, match="a clip is broken"):
         made.train()
     ((what, position, weights),) = saved.events
@@ -237,9 +262,11 @@ def test_an_error_in_a_step_keeps_the_steps_before_and_passes_on() -> None:
     assert torch.equal(weights, weights_after(4))
 
 
-def test_ctrl_c_pressed_again_does_not_lose_what_the_first_one_saves(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, step, saved = trainer()
-    step.before_measure = press_ctrl_c_at(4)
+def test_ctrl_c_pressed_again_does_not_lose_what_the_first_one_saves(
+    ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, step, saved = trainer(ahead)
+    step.before_queue = press_ctrl_c_at(4)
     save = saved.when_stopped
 
     def pressed_again(position: Position) -> str:
@@ -252,25 +279,25 @@ def test_ctrl_c_pressed_again_does_not_lose_what_the_first_one_saves(monkeypatch
     assert [event[0] for event in saved.events] == ["stopped"]
 
 
-def test_weights_of_half_an_update_are_not_kept() -> None:
-    made, step, saved = trainer()
+def test_weights_of_half_an_update_are_not_kept(ahead: int) -> None:
+    made, step, saved = trainer(ahead)
     step.after_update = fail_at(4)
     with pytest.raises(DataError):
         made.train()
     assert saved.events == []
 
 
-def test_nothing_is_kept_of_a_run_that_took_no_step() -> None:
-    made, step, saved = trainer(position=Position(step=2, batch=2))
-    step.before_measure = fail_at(2)
+def test_nothing_is_kept_of_a_run_that_took_no_step(ahead: int) -> None:
+    made, step, saved = trainer(ahead, position=Position(step=2, batch=2))
+    step.before_queue = fail_at(2)
     with pytest.raises(DataError):
         made.train()
     assert saved.events == []
 
 
-def test_a_failure_to_keep_does_not_hide_why_the_run_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, step, saved = trainer()
-    step.before_measure = fail_at(4)
+def test_a_failure_to_keep_does_not_hide_why_the_run_ended(ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, step, saved = trainer(ahead)
+    step.before_queue = fail_at(4)
 
     def full(position: Position) -> str:
         raise OSError("No space left on device")
@@ -278,3 +305,67 @@ def test_a_failure_to_keep_does_not_hide_why_the_run_ended(monkeypatch: pytest.M
     monkeypatch.setattr(saved, "when_stopped", full)
     with pytest.raises(DataError, match="a clip is broken"):
         made.train()
+
+
+def test_steps_are_read_when_later_ones_are_queued() -> None:
+    made, step, _ = trainer(2, total=2 * LENGTH)
+    read: list[int] = []
+    step.before_queue = lambda position: read.append(len(made.metrics.losses))
+    made.metrics.losses = deque()
+    made.train()
+    # The first step is read at once, because it makes what the optimizer remembers; the end of an epoch waits for all.
+    assert read == [0, 0, 0, 1, 4, 4, 4, 5]
+    assert len(made.metrics.losses) == 8
+
+
+def test_a_run_ahead_is_the_same_to_the_bit() -> None:
+    losses, weights = [], []
+    for ahead in (0, 1, 2, 5):
+        made, _, saved = trainer(ahead, total=11)
+        made.metrics.losses = deque()
+        made.train()
+        losses.append(list(made.metrics.losses))
+        weights.append(saved.events[-1][2])
+    assert losses[1:] == losses[:-1] and len(losses[0]) == 11
+    assert all(torch.equal(one, weights[0]) for one in weights)
+
+
+def test_what_is_saved_has_been_read() -> None:
+    made, _, saved = trainer(5, total=2 * LENGTH, every=3)
+    read: list[int] = []
+    made.metrics.losses = deque()
+    saved.on_event = lambda: read.append(len(made.metrics.losses))
+    made.train()
+    assert [position.step for _, position, _ in saved.events] == read == [3, 6, 8]
+    for _, position, weights in saved.events:
+        assert torch.equal(weights, weights_after(position.step))
+
+
+@pytest.mark.parametrize("broken", [1, 2, 3, 5])
+def test_a_step_that_is_not_finite_leaves_no_trace(ahead: int, broken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_broken(specs: list[BatchSpec]) -> Iterable[Batch]:
+        for spec in specs:
+            is_broken = spec == order(broken // LENGTH)[broken % LENGTH]
+            yield batch(spec.indexes[0], fill=float("inf") if is_broken else None)
+
+    made, step, saved = trainer(ahead, total=11)
+    made.feed.load = load_broken
+    with pytest.raises(DivergedError, match=f"step {broken + 1} is not a finite number"):
+        made.train()
+    ((what, position, weights),) = saved.events
+    assert (what, position.step) == ("stopped", broken)
+    assert torch.equal(weights, weights_after(broken))
+    sound, other, _ = trainer(0, total=broken)
+    sound.train()
+    assert same_state(step.optimizer.state_dict(), other.optimizer.state_dict())
+
+
+def same_state(one: Any, other: Any) -> bool:
+    """Whether two states of an optimizer hold the same, to the bit; rates are those of the next step in any case."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_state(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same_state, one, other))
+    return bool(one == other)

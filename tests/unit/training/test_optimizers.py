@@ -1,5 +1,6 @@
 """Optimizers by name: what is built, with which settings, and what is refused."""
 
+import importlib
 import subprocess
 import sys
 from typing import Any
@@ -9,12 +10,12 @@ import pytest
 import schedulefree
 import torch
 import transformers.optimization
-from torch import nn
+from torch import Tensor, nn
 
 from wanlora.config.train import OptimizerConfig
 from wanlora.foundation.errors import ConfigError
 from wanlora.lora.network import inject
-from wanlora.training.optimizers import OptimizerChoice, choose_optimizer, learning_rates, set_mode
+from wanlora.training.optimizers import OptimizerChoice, choose_optimizer, learning_rates, set_mode, without_waiting
 
 
 def choose(name: str, *arguments: str, rate: float = 3e-4) -> OptimizerChoice:
@@ -146,3 +147,20 @@ def test_what_is_no_optimizer_is_refused(name: str, arguments: tuple[str, ...], 
 def test_arguments_that_an_optimizer_refuses_are_named(argument: str) -> None:
     with pytest.raises(ConfigError, match="refuses its arguments"):
         choose("adamw", argument).build([group()])
+
+
+@pytest.mark.parametrize(("name", "waits"), [("AdamW8bit", 0), ("PagedAdamW8bit", 3)])
+def test_the_host_waits_for_no_update_but_those_of_paged_states(
+    name: str, waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("bitsandbytes.optim.optimizer")
+    calls: list[Tensor] = []
+    monkeypatch.setattr(module, "sync_gpu", calls.append)
+    weights = [nn.Parameter(torch.zeros(8)) for _ in range(2)]
+    optimizer = getattr(importlib.import_module("bitsandbytes.optim"), name)(weights)
+    for weight in weights:
+        weight.grad = torch.ones(8)
+    with without_waiting(optimizer):
+        optimizer.step()
+    assert len(calls) == waits and all(bool((weight < 0).all()) for weight in weights)
+    assert module.sync_gpu == calls.append

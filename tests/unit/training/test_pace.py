@@ -51,7 +51,7 @@ class Walk:
         self.now += waiting
         self.pace.loaded()
         self.now += seconds - waiting
-        return self.pace.finish(sizes)
+        return self.pace.judge(self.pace.finish(sizes))
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_an_allocator_at_its_limit_is_a_reason(said: pytest.LogCaptureFixture) -
     walk.pace.begin()
     meter.num_retries = 2
     walk.now += 9.0
-    walk.pace.finish("a")
+    walk.pace.judge(walk.pace.finish("a"))
     assert "had to be rearranged" in said.messages[0] and "--activation_memory" in said.messages[0]
 
 
@@ -136,7 +136,7 @@ def test_a_driver_that_spills_is_a_reason(said: pytest.LogCaptureFixture, monkey
 
 
 def test_compiling_is_a_reason(said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    compilations = iter([*[0] * 8, 1])
+    compilations = iter([*[0] * 14, 1])
     monkeypatch.setattr(paces, "compilations", lambda: next(compilations))
     slow(Walk())
     assert "were compiled" in said.messages[0]

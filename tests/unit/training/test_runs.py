@@ -1,5 +1,6 @@
 """Whole runs of the real trainer on a tiny Wan."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from wanlora.cli.train_network import main
 from wanlora.memory.limit import CardLimit
 from wanlora.quantization.fast_linear import FastFp8Linear
 from wanlora.training import objective
+from wanlora.training import run as runs
 from wanlora.training.metrics import read_steps, read_validations
 from wanlora.training.position import Position
 from wanlora.training.state import load_state, read_record
@@ -301,3 +303,26 @@ def test_a_file_says_what_the_run_was(training_folder: TrainingFolder) -> None:
         assert file.get_tensor("lora_unet_blocks_0_ffn_0.lora_up.weight").dtype is torch.bfloat16
     assert (metadata["ss_steps"], metadata["ss_seed"], metadata["ss_save_precision"]) == ("2", "7", "bf16")
     assert len(metadata["sshs_model_hash"]) == 64
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_a_run_whose_steps_are_queued_ahead_is_the_same_to_the_bit(
+    optimizer: str, training_folder: TrainingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training_folder.add_validation()
+    common = ["--max_train_steps", "9", "--save_state", "--save_every_n_steps", "4", "--optimizer_type", optimizer]
+    results = []
+    for ahead in (0, 2):
+        monkeypatch.setattr(runs, "steps_ahead", lambda config, engine, ahead=ahead: ahead)
+        name = f"ahead{ahead}"
+        training_folder.train(training_folder.arguments(name, *common, "--validate_every_n_steps", "3"))
+        log = (training_folder.output / f"{name}-steps.jsonl").read_text(encoding="utf-8")
+        lines = [
+            {key: value for key, value in json.loads(line).items() if key != "seconds"} for line in log.splitlines()
+        ]
+        results.append((lines, load_state(training_folder.output / f"{name}-state")))
+    (lines, state), (ahead_lines, ahead_state) = results
+    assert lines == ahead_lines and len(read_validations(training_folder.output / "ahead2-steps.jsonl")) == 4
+    assert state.adapter.keys() == ahead_state.adapter.keys()
+    assert all(torch.equal(state.adapter[key], ahead_state.adapter[key]) for key in state.adapter)
+    assert state.record.losses == ahead_state.record.losses

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.training.parts import Velocity, indexed, noise, objective, step_of
+from tests.unit.training.parts import Velocity, indexed, measure, noise, objective, step_of
 from wanlora.foundation.random import Streams
 from wanlora.training.position import Position
 from wanlora.training.step import DivergedError, TrainingStep
@@ -15,7 +15,7 @@ START = Position()
 
 
 def take(step: TrainingStep, numbers: list[int], position: Position = START, **options: Any) -> float:
-    report = step.measure(indexed(numbers, **options), position, len(numbers))
+    report = measure(step, indexed(numbers, **options), position, len(numbers))
     step.update(position)
     return report.loss
 
@@ -25,7 +25,7 @@ def test_a_step_over_several_batches_descends_on_the_mean_of_their_losses() -> N
     losses = [objective(other)(item.batch, 0, item.index).value for item in indexed([0, 1, 2])]
     mean = torch.stack(losses).mean()
     (gradient,) = torch.autograd.grad(mean, [other.mix])
-    report = step_of(model).measure(indexed([0, 1, 2]), START, 3)
+    report = measure(step_of(model), indexed([0, 1, 2]), START, 3)
     assert report.loss == pytest.approx(mean.item())
     assert report.grad_norm == pytest.approx(gradient.norm().item())
     assert report.names == ("clip0_0", "clip1_0", "clip2_0")
@@ -37,8 +37,8 @@ def test_a_step_over_several_batches_descends_on_the_mean_of_their_losses() -> N
 
 def test_gradients_are_clipped_to_the_limit_and_0_leaves_them() -> None:
     free, clipped = Velocity(), Velocity()
-    norm = step_of(free).measure(indexed([0]), START, 1).grad_norm
-    report = step_of(clipped, max_grad_norm=norm / 4).measure(indexed([0]), START, 1)
+    norm = measure(step_of(free), indexed([0]), START, 1).grad_norm
+    report = measure(step_of(clipped, max_grad_norm=norm / 4), indexed([0]), START, 1)
     assert report.grad_norm == pytest.approx(norm)
     assert free.mix.grad is not None and clipped.mix.grad is not None
     assert free.mix.grad.norm().item() == pytest.approx(norm)
@@ -67,7 +67,7 @@ def test_numbers_that_are_none_change_nothing_and_are_named(broken: str) -> None
     if broken == "gradient":
         model.mix.register_hook(explode)
     with pytest.raises(DivergedError) as error:
-        step.measure(share, Position(step=41), 2)
+        measure(step, share, Position(step=41), 2)
     assert torch.equal(model.mix, before)
     assert model.mix.grad is None
     message = str(error.value)
@@ -108,7 +108,7 @@ def test_an_overflow_of_the_scaled_gradient_skips_the_update_and_lowers_the_scal
     step = step_of(model, scaler=scaler)
     handle = model.mix.register_hook(explode)
     before = model.mix.detach().clone()
-    report = step.measure(indexed([0]), START, 1)
+    report = measure(step, indexed([0]), START, 1)
     step.update(START)
     assert report.skipped
     assert torch.equal(model.mix, before)
@@ -119,6 +119,6 @@ def test_an_overflow_of_the_scaled_gradient_skips_the_update_and_lowers_the_scal
 
 
 def test_a_batch_has_the_same_noise_alone_and_in_company() -> None:
-    alone = step_of(Velocity(), made=noise()).measure(indexed([1]), START, 1)
-    together = step_of(Velocity(), made=noise()).measure(indexed([0, 1]), START, 2)
+    alone = measure(step_of(Velocity(), made=noise()), indexed([1]), START, 1)
+    together = measure(step_of(Velocity(), made=noise()), indexed([0, 1]), START, 2)
     assert together.timesteps[1:] == alone.timesteps

@@ -1,0 +1,122 @@
+"""Updates that take themselves back, and numbers that are read later."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tests.unit.training.parts import CPU
+from wanlora.training.ahead import Reading, TakenBack
+
+SOUND, BROKEN = torch.tensor([0.5, 1.0]), torch.tensor([0.5, float("nan")])
+
+
+class Counting(torch.optim.SGD):
+    """Remembers a number of its own beside tensors, and swaps two of these at every step."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["calls"] = state.get("calls", 0) + 1
+                older, newer = state.get("newer", torch.zeros_like(parameter)), parameter.grad.clone()
+                state["older"], state["newer"] = older, newer
+        return super().step(closure)
+
+
+def adam(parameters: list[nn.Parameter]) -> Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1)
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    "AdamW": adam,
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "RMSprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.1),
+    "counting": lambda parameters: Counting(parameters, lr=0.1),
+}
+
+
+class Updates:
+    """Two parameters, their optimizer, and updates of them."""
+
+    def __init__(self, make: Callable[[list[nn.Parameter]], Optimizer]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.parameters = [nn.Parameter(torch.randn(3, 2, generator=generator)) for _ in range(2)]
+        self.optimizer = make(self.parameters)
+        self.taken_back = TakenBack(self.optimizer, self.parameters, CPU)
+
+    def step(self, seed: int = 1) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters:
+            parameter.grad = torch.randn(3, 2, generator=generator)
+        self.optimizer.step()
+
+    @property
+    def all(self) -> tuple[Any, list[Tensor]]:
+        return deepcopy((self.optimizer.state_dict(), [parameter.detach() for parameter in self.parameters]))
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_sound_updates_are_as_ever(name: str) -> None:
+    plain, held = Updates(OPTIMIZERS[name]), Updates(OPTIMIZERS[name])
+    for updates in (plain, held):
+        updates.step(0)
+    for seed in (1, 2):
+        plain.step(seed)
+        held.taken_back.update(lambda seed=seed: held.step(seed), SOUND)  # type: ignore[misc]
+    assert same(plain.all, held.all)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_update_that_is_not_sound_and_all_after_it_change_nothing(name: str) -> None:
+    updates = Updates(OPTIMIZERS[name])
+    updates.step(0)
+    before = updates.all
+    host_state = updates.taken_back.update(updates.step, BROKEN)
+    updates.taken_back.update(updates.step, SOUND)
+    assert same(before[1], updates.all[1])
+    if name == "counting":  # on the host, which does not know yet
+        assert not same(before, updates.all)
+    updates.taken_back.put_back(host_state)
+    assert same(before, updates.all)
+
+
+def test_what_an_update_changes_is_not_known_before_the_first() -> None:
+    updates = Updates(adam)
+    assert not updates.taken_back.is_possible
+    updates.step()
+    assert updates.taken_back.is_possible
+
+
+@pytest.mark.parametrize(
+    ("place", "value"), [("state", [torch.zeros(2)]), ("state", {"a": torch.zeros(2)}), ("group", torch.ones(()))]
+)
+def test_optimizers_that_keep_what_cannot_be_copied_here_are_left_alone(place: str, value: Any) -> None:
+    updates = Updates(adam)
+    updates.step()
+    (updates.optimizer.state[updates.parameters[0]] if place == "state" else updates.optimizer.param_groups[0])[
+        "odd"
+    ] = value
+    assert not updates.taken_back.is_possible
+
+
+def test_numbers_are_those_of_the_moment_they_were_sent() -> None:
+    values = torch.tensor([1.5, 2.0])
+    reading = Reading.of(values)
+    values.zero_()
+    assert reading.get() == [1.5, 2.0]
