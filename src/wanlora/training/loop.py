@@ -16,7 +16,6 @@ from wanlora.foundation.log import log
 from wanlora.foundation.ranks import Rank
 from wanlora.memory.checkpointing import Kept
 from wanlora.training.after_step import AfterStep
-from wanlora.training.ahead import HostState
 from wanlora.training.checkpoints import Checkpoints
 from wanlora.training.forecast import Forecast, Measured, Size
 from wanlora.training.guard import bucket_name
@@ -51,8 +50,8 @@ class _Updated:
     queued: QueuedStep
     report: StepReport | None
     """None if it has not been read."""
-    host_state: HostState | None
-    """Puts the optimizer back if it turns out not to be sound."""
+    put_back: Callable[[], None] | None
+    """To be called if it turns out not to be sound."""
     work: Work
     position: Position
     """After the step."""
@@ -176,9 +175,9 @@ class Trainer:
         report = None if self.ahead and step.can_go_ahead else step.read(queued)
         with self.interrupts.held():
             self.updating = True
-            host_state = None
+            put_back = None
             if report is None:
-                host_state = step.update_unread(queued)
+                put_back = step.update_unread(queued)
             else:
                 step.update(self.position)
             after = self.after_step()
@@ -188,7 +187,7 @@ class Trainer:
                 _Updated(
                     queued=queued,
                     report=report,
-                    host_state=host_state,
+                    put_back=put_back,
                     work=work,
                     position=self.position,
                     paced=self.pace.finish(" + ".join(sorted(bucket_name(item.batch) for item in work.share))),
@@ -214,8 +213,8 @@ class Trainer:
         except DivergedError:
             self._unread.clear()
             self.position = step.queued.position
-            if step.host_state is not None:
-                self.step.taken_back.put_back(step.host_state)
+            if step.put_back is not None:
+                step.put_back()
             raise
         taken = self.pace.judge(step.paced)
         if report.replayed:

@@ -9,6 +9,7 @@ guard (`guard.py`).
 """
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 from wanlora.data.dataset import Batch
 from wanlora.foundation.errors import UserError
 from wanlora.foundation.random import Streams
-from wanlora.training.ahead import HostState, Reading, TakenBack
+from wanlora.training.ahead import Reading, TakenBack
 from wanlora.training.engine import Engine
 from wanlora.training.flat import FlatGroups
 from wanlora.training.graphs import Replays
@@ -217,12 +218,19 @@ class TrainingStep:
         """Whether a step may be updated before it is read."""
         return self.scaler is None and self.taken_back.is_possible
 
-    def update_unread(self, queued: QueuedStep) -> HostState:
+    def update_unread(self, queued: QueuedStep) -> Callable[[], None]:
         """`update` for a step that was not read: without effect on the device if it, or one before, is not sound.
 
-        Returns what `taken_back.put_back` needs if it turns out not to be.
+        Returns what has to be called if it turns out not to be, for rates and what else lies on the host.
         """
-        return self.taken_back.update(partial(self.update, queued.position), queued.numbers)
+        rates = deepcopy(self.rates.state_dict())
+        host_state = self.taken_back.update(partial(self.update, queued.position), queued.numbers)
+
+        def put_back() -> None:
+            self.taken_back.put_back(host_state)
+            self.rates.load_state_dict(rates)
+
+        return put_back
 
     @property
     def _num_replayed(self) -> int:

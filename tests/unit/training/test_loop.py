@@ -19,6 +19,7 @@ from wanlora.training.loop import Feed, Trainer
 from wanlora.training.metrics import Metrics
 from wanlora.training.pace import Pace
 from wanlora.training.position import Position
+from wanlora.training.rates import ForeignRates
 from wanlora.training.step import DivergedError, QueuedStep, TrainingStep
 
 LENGTH = 4
@@ -130,6 +131,7 @@ def trainer(
     validation: Callable[[Position], None] = lambda position: None,
 ) -> tuple[Trainer, Spoilt, Saved]:
     step = step_of(Velocity(), made=noise((1,) * LENGTH), momentum=0.5)
+    step.rates = ForeignRates(step.optimizer, "ExponentialLR", {"gamma": 0.9})
     step.__class__ = Spoilt
     assert isinstance(step, Spoilt)
     saved = Saved(step, total, every)
@@ -358,6 +360,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(ahead: int, broken: int, monk
     sound, other, _ = trainer(0, total=broken)
     sound.train()
     assert same_state(step.optimizer.state_dict(), other.optimizer.state_dict())
+    assert step.rates.state_dict() == other.rates.state_dict()
 
 
 def same_state(one: Any, other: Any) -> bool:
