@@ -16,8 +16,11 @@ they stay taken back.
 
 Compiled blocks can do half: keep the result of attention and recompute the rest. That spares more time for its bytes
 than keeping everything, and its bytes are known, so where not all blocks can be kept it comes first, for as many as
-fit. What such a block holds is then x and these bytes. Where all blocks are kept and what they hold
-could be twice as much, they hold what the compiler likes best, which is less than that.
+fit. What such a block holds is then x and these bytes. Where the first pass promises room for nearly all blocks,
+attention waits until no more of them fit: then some are given up for it, if that spares more time (`mixing.py`). Each
+gives back at least what blocks have taken on average since nothing was kept, because none takes less than the one
+before. Where all blocks are kept and what they hold could be twice as much, they hold what the compiler likes best,
+which is less than that.
 
 Where nothing can be measured (a CPU) nothing is chosen.
 """
@@ -31,6 +34,7 @@ from torch import Tensor
 from wanlora.foundation.log import log
 from wanlora.memory.checkpointing import KEEPS_NOTHING, Kept
 from wanlora.memory.measure import GIB, Meter
+from wanlora.memory.mixing import time_spared
 
 _AFTER_FAILURE = 0.95
 """Memory that ran out at some peak is taken to hold this part of it from then on."""
@@ -39,7 +43,7 @@ _FIRST_ON_THE_LINE = 2
 """From so many kept blocks on, what a pass needs grows in a line: before, recomputing one block needs as much."""
 _SHARE = 0.5
 """A block that is kept takes about this part of what the first pass allows it."""
-_MOST_OF_EVERYTHING = 2
+MOST_OF_EVERYTHING = 2
 """A pass whose blocks hold everything needs at most so many times as much as if they held products."""
 _CAUTION = 1.05
 _LOWEST = 0.85
@@ -57,6 +61,8 @@ class _Size:
     ceiling: int
     """More than this has turned out not to fit."""
     attention_ceiling: int
+    optional: int
+    """Blocks that may keep anything."""
     chosen: bool
     """Measurements decide; otherwise `kept` stands until memory runs out."""
     need: int | None = None
@@ -64,16 +70,18 @@ class _Size:
     passes: int = 0
     """Passes in a row with the same number kept."""
     attention: int = 0
-    """Recomputed blocks that keep the result of attention."""
+    """So many of the others keep the result of attention, if there are that many."""
     everything: bool = False
     """Blocks that are kept hold what the compiler likes best."""
     may_hold_everything: bool = False
     returns: int = 0
     """How often blocks were taken back."""
+    nothing: int = 0
+    """What a pass needed in which nothing was kept."""
     before: tuple[int, int] = (0, 0)
-    """`kept` and `need` of the last passes with another number kept."""
+    """`kept` of the last passes with another number kept, and what they needed without attention that was kept."""
     least: int | None = None
-    """The lowest bound that passes have set to what one block more needs."""
+    """The lowest bound that passes have set to what a block that is kept needs beyond one that is recomputed."""
 
     def choose(self, room: int, num_inputs: int) -> None:
         """Set `kept` by the last pass and the bytes that a pass may need now."""
@@ -82,17 +90,66 @@ class _Size:
         if self.everything:
             self._take_back_everything(room)
             return
+        if not self.kept and not self.attention:
+            self.nothing = self.need
         self._choose_attention(room, num_inputs)
-        wanted = min(max(self.kept + (room - self.need) // self._each(num_inputs), 0), self.ceiling)
+        wanted = self._as_many_as_fit(room, num_inputs)
         if wanted < self.kept:
             self.returns += 1
-            self.ceiling = wanted if self.returns > 1 else self.ceiling  # a first time may be a compiler's doing
+            if self.returns > 1:  # a first time may be a compiler's doing
+                self.ceiling, self.attention_ceiling = wanted, min(self.attention_ceiling, self.attention)
         if wanted != self.kept:
-            self.before = (self.kept, self.need)
-            self.passes = 0
-        elif wanted == self.ceiling and self.may_hold_everything and _MOST_OF_EVERYTHING * self.need <= room:
+            self._keep(wanted, self.attention)
+        elif wanted < self.optional:
+            self._keep(*self._best_mix(room, num_inputs))
+        elif self.may_hold_everything and MOST_OF_EVERYTHING * self.need <= room:
             self.everything, self.passes = True, 0
-        self.kept = wanted
+
+    def attention_beside(self, kept: int) -> int:
+        """Blocks that keep the result of attention while `kept` are kept whole."""
+        return min(self.attention, self.optional - kept)
+
+    def _keep(self, kept: int, attention: int) -> None:
+        """Let the next pass keep so much."""
+        if kept != self.kept:
+            self.before = (self.kept, self._without_attention())
+        if (kept, attention) != (self.kept, self.attention):
+            self.kept, self.attention, self.passes = kept, attention, 0
+
+    def _without_attention(self) -> int:
+        """What the last pass would have needed if no block had kept attention."""
+        assert self.need is not None
+        return self.need - self.attention_beside(self.kept) * self.attention_bytes
+
+    def _as_many_as_fit(self, room: int, num_inputs: int) -> int:
+        """The most blocks that surely can be kept while attention stays in the others."""
+        each, least = self._each(num_inputs), self._without_attention()
+
+        def need(kept: int) -> int:
+            return least + (kept - self.kept) * each + self.attention_beside(kept) * self.attention_bytes
+
+        return next((kept for kept in range(self.ceiling, 0, -1) if need(kept) <= room), 0)
+
+    def _best_mix(self, room: int, num_inputs: int) -> tuple[int, int]:
+        """Blocks that are kept, no more than now, and others that keep attention: what spares most time and fits."""
+        present = (self.kept, self.attention)
+        if not self.kept or not self.attention_bytes:
+            return present
+        each, least, frees = self._each(num_inputs), self._without_attention(), self._frees()
+
+        def spared(mix: tuple[int, int]) -> float:
+            return time_spared(*mix, products_bytes=each, attention_bytes=self.attention_bytes)
+
+        best = (self.kept, self.attention_beside(self.kept))
+        for kept in range(self.kept, -1 if frees else self.kept - 1, -1):
+            spare = room - least + (self.kept - kept) * frees
+            attention = min(spare // self.attention_bytes, self.optional - kept, self.attention_ceiling)
+            best = max(best, (kept, attention), key=spared)
+        return present if best == (self.kept, self.attention_beside(self.kept)) else best
+
+    def _frees(self) -> int:
+        """Bytes that a block at least gives back if it is kept no longer; 0 where that was not measured."""
+        return max(self._without_attention() - self.nothing, 0) // self.kept if self.nothing else 0
 
     def _take_back_everything(self, room: int) -> None:
         if self.need is not None and self.need > room:
@@ -114,15 +171,15 @@ class _Size:
         self.attention, self.passes = wanted, 0
 
     def _each(self, num_inputs: int) -> int:
-        """Bytes that one block more will need at most."""
-        assert self.need is not None
-        held = num_inputs * self.input_bytes + self.attention * self.attention_bytes
-        bound = max((self.need - held) // max(self.kept, 1), 1)
+        """Bytes that a block that is kept needs at most beyond one that is recomputed."""
+        least = self._without_attention()
+        bound = max((least - num_inputs * self.input_bytes) // max(self.kept, 1), 1)
         self.least = each = min(bound, self.least or bound)
         kept, need = self.before
         if kept < _FIRST_ON_THE_LINE or kept == self.kept:
             return each
-        return min(max(int(_CAUTION * (self.need - need) / (self.kept - kept)), self.input_bytes), each)
+        beyond_attention = (least - need) / (self.kept - kept) - self.attention_bytes  # that part is known
+        return min(self.attention_bytes + max(int(_CAUTION * beyond_attention), self.input_bytes), each)
 
 
 class Keeping:
@@ -178,8 +235,8 @@ class Keeping:
         """What is kept in the pass at hand, or was in the last one."""
         if self._active is None:
             return KEEPS_NOTHING
-        blocks = min(self._active.kept, self.num_optional)
-        return Kept(blocks, min(self._active.attention, self.num_optional - blocks), self._active.everything)
+        size = self._active
+        return Kept(size.kept, size.attention_beside(size.kept), size.everything)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -205,9 +262,9 @@ class Keeping:
         """From now on at most so many blocks may be kept. Between passes only."""
         self.num_optional = num_optional
         for size in self._sizes.values():
-            if size.kept > num_optional:
-                size.kept, size.need, size.passes = num_optional, None, 0
-            size.ceiling = min(size.ceiling, num_optional)
+            if size.kept + size.attention_beside(size.kept) > num_optional:
+                size.kept, size.need, size.passes = min(size.kept, num_optional), None, 0
+            size.optional, size.ceiling = num_optional, min(size.ceiling, num_optional)
 
     def give_up(self) -> Kept:
         """After memory ran out in a pass: let the next one of this size recompute everything.
@@ -230,7 +287,7 @@ class Keeping:
             size.attention_ceiling = size.attention - 1
         size.everything = size.may_hold_everything = False
         size.kept, size.attention, size.need, size.passes = 0, 0, None, 0
-        size.before, size.least = (0, 0), None  # found beside attention that is kept no longer
+        size.before, size.least = (0, 0), None
         return given_up
 
     def _size_of(self, x: Tensor) -> _Size:
@@ -243,6 +300,7 @@ class Keeping:
                 attention_bytes=x.shape[0] * x.shape[1] * self.attention,
                 may_hold_everything=self.attention > 0,
                 kept=self.num_optional if everything else 0,
+                optional=self.num_optional,
                 ceiling=self.num_optional,
                 attention_ceiling=self.num_optional,
                 chosen=not everything,

@@ -11,6 +11,7 @@ from torch import Tensor
 from wanlora.foundation.log import log
 from wanlora.memory.checkpointing import Kept
 from wanlora.memory.keeping import Keeping
+from wanlora.memory.mixing import time_spared
 
 MIB = 2**20
 NUM_BLOCKS = 40
@@ -118,14 +119,48 @@ def test_attention_is_kept_before_blocks_are_where_not_all_of_them_fit(room: flo
     assert attention > 0 and most < NUM_BLOCKS
 
 
-def test_attention_alone_is_not_tried_where_nearly_all_blocks_can_be_kept() -> None:
+def test_attention_is_not_tried_before_blocks_where_nearly_all_of_them_can_be_kept() -> None:
     world = World()
     limit = world.rest + world.need(LARGE, NUM_BLOCKS - 3)
     nearly = keeping(world, limit, attention=world.attention_a_token)
-    kept = [whole_pass(nearly, world, LARGE) for _ in range(6)]
-    assert not any(one.attention for one in kept) and kept[-1].blocks >= world.most(LARGE, limit) - 1
+    kept = [whole_pass(nearly, world, LARGE) for _ in range(8)]
+    first = next(place for place, one in enumerate(kept) if one.attention)
+    assert kept[first - 1].blocks >= world.most(LARGE, limit) - 1
     ample = keeping(world, 2**40, attention=world.attention_a_token)
     assert [whole_pass(ample, world, SMALL) for _ in range(2)] == [Kept(), Kept(NUM_BLOCKS)]
+
+
+@pytest.mark.parametrize("blocks", [22, 25, 31, 35, 37, 38, 39])
+@pytest.mark.parametrize("left", [0.0, 0.4, 0.9])
+@pytest.mark.parametrize("loss", [0, 20 * WIDTH])
+def test_blocks_that_do_not_fit_keep_attention_if_that_spares_more_and_none_is_above_the_limit(
+    blocks: int, left: float, loss: int
+) -> None:
+    world = World(loss_a_token=loss)
+    each = (world.kept_a_token - 4 * WIDTH) * LARGE.shape[1]
+    limit = world.rest + world.need(LARGE, blocks) + int(left * each)
+    made = keeping(world, limit, attention=world.attention_a_token)
+    kept, peaks = [], []
+    for _ in range(12):
+        kept.append(whole_pass(made, world, LARGE))
+        peaks.append(world.now_peak)
+    assert max(peaks) <= limit and len(set(kept[-3:])) == 1
+    best = max(spared(world, blocks), spared(world, *upgraded(world, LARGE, limit)))
+    assert spared(world, *kept[-1][:2]) >= 0.975 * best
+    assert spared(world, *kept[-1][:2]) >= spared(world, max(one.blocks for one in kept))
+
+
+def spared(world: World, blocks: int, attention: int = 0) -> float:
+    held = 4 * WIDTH
+    return time_spared(
+        blocks, attention, products_bytes=world.kept_a_token - held, attention_bytes=world.attention_a_token
+    )
+
+
+def upgraded(world: World, x: Tensor, limit: int) -> tuple[int, int]:
+    """Attention in all blocks, and products in as many as fit."""
+    most = world.most(x, limit, attention=NUM_BLOCKS)
+    return most, NUM_BLOCKS - most
 
 
 def test_attention_that_turns_out_not_to_fit_is_taken_back_for_good() -> None:
