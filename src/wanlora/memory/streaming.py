@@ -101,6 +101,7 @@ class BlockStream:
         self._masters: dict[int, BlockMaster] = {}
         self._ring: list[_Slot] = []
         self._hooks: list[RemovableHandle] = []
+        self._checks: dict[int, Check] = {}
         self._in_use: _Slot | None = None
         self._last_index = -1
         self._rising = True
@@ -165,6 +166,7 @@ class BlockStream:
         self._ring = self._make_ring()
         if not self._masters:
             return
+        self._checks = self._make_checks()
         for index, block in enumerate(self.blocks):
             self._hooks.append(block.register_forward_pre_hook(partial(self._before_call, index), prepend=True))
             self._hooks.append(block.register_forward_hook(partial(self._after_call, index)))
@@ -177,7 +179,7 @@ class BlockStream:
         self._transfers.finish()
         for master in self._masters.values():
             master.point_to(master.on_host)
-        self._hooks, self._ring = [], []
+        self._hooks, self._ring, self._checks = [], [], {}
 
     def detach(self, device: torch.device | None = None) -> None:
         """Stop streaming and leave all weights on `device` (the stream's own unless another is named)."""
@@ -206,20 +208,15 @@ class BlockStream:
 
         None if the block stays on the device: it may save what it likes.
         """
-        master = next((self._masters[index] for index in self._masters if self.blocks[index] is block), None)
-        if master is None:
-            return None
-        weights = {id(tensor) for tensor in master.tensors}
-        memory = {slot.buffer.untyped_storage().data_ptr() for slot in self._ring}
+        return self._checks.get(id(block))
 
-        def check(tensor: Tensor) -> None:
-            if tensor.untyped_storage().data_ptr() in memory and id(tensor) not in weights:
-                raise MemoryPlanError(
-                    "a block whose weights are swapped was to keep a view of them for backward, which would show other "
-                    "weights by then; use --gradient_checkpointing --activation_memory off"
-                )
-
-        return check
+    def _make_checks(self) -> dict[int, Check]:
+        """What `watch` answers, by the `id` of each streamed block."""
+        memory = frozenset(slot.buffer.untyped_storage().data_ptr() for slot in self._ring)
+        return {
+            id(self.blocks[index]): partial(_check_view, memory, frozenset(map(id, master.tensors)))
+            for index, master in self._masters.items()
+        }
 
     def _before_call(self, index: int, block: nn.Module, args: tuple[Any, ...]) -> None:
         self._prepare(index, turns=torch.is_grad_enabled())
@@ -272,6 +269,15 @@ class BlockStream:
         self._masters[index].point_to(slot.views[index])
         self._in_use = slot
         self.waits += 1
+
+
+def _check_view(memory: Collection[int], weights: Collection[int], tensor: Tensor) -> None:
+    """Raise `MemoryPlanError` if `tensor` shows `memory` and is none of the `weights` themselves (their ids)."""
+    if tensor.untyped_storage().data_ptr() in memory and id(tensor) not in weights:
+        raise MemoryPlanError(
+            "a block whose weights are swapped was to keep a view of them for backward, which would show other "
+            "weights by then; use --gradient_checkpointing --activation_memory off"
+        )
 
 
 def _move(block: nn.Module, device: torch.device, *, without: Collection[int]) -> None:

@@ -169,7 +169,13 @@ class Replays:
         self.release()
 
     def _deserves(self, key: Hashable) -> bool:
-        return self._wanted and self._sightings[key] >= _SIGHTINGS and len(self._recordings) < MOST
+        if not self._wanted or self._sightings[key] < _SIGHTINGS:
+            return False
+        if len(self._recordings) >= MOST:
+            say_once(
+                f"{MOST} passes are replayed as CUDA graphs, no more are kept: further small sizes are slower for it"
+            )
+        return len(self._recordings) < MOST
 
     def _record(self, work: Pass, inputs: Inputs, rope: Tensor, key: Hashable, label: str) -> None:
         """Record a pass; one that cannot be recorded is the last that was tried."""

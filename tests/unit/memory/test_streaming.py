@@ -227,3 +227,19 @@ def test_tensors_of_streamed_blocks_rest_on_the_host() -> None:
     place = RestingPlace(torch.device("meta"), (1, 12))
     names = ("blocks.1.ffn.0.weight", "blocks.12.modulation", "blocks.2.ffn.0.weight", "head.head.weight")
     assert [place(name).type for name in names] == ["cpu", "cpu", "meta", "meta"]
+
+
+def test_what_looks_at_saved_tensors_is_made_once_a_start() -> None:
+    model, stream = streaming(3)
+    checks = [stream.watch(block) for block in model.blocks]
+    assert [index for index, check in enumerate(checks) if check] == list(stream.streamed_indexes)
+    assert all(stream.watch(block) is check for block, check in zip(model.blocks, checks, strict=True))
+    stream.stream_more(1)
+    more = [stream.watch(block) for block in model.blocks]
+    assert [index for index, check in enumerate(more) if check] == list(stream.streamed_indexes)
+    train_step(model)
+    (check, index) = next((check, index) for index, check in enumerate(more) if check)
+    weight = frozen_tensors(model.blocks[index])[0]
+    check(weight)
+    stream.detach()
+    assert not any(map(stream.watch, model.blocks))

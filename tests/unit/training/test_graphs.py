@@ -180,6 +180,20 @@ def test_no_more_graphs_than_the_limit_are_held(monkeypatch: pytest.MonkeyPatch)
     assert run.replayed([5]) == [True]
 
 
+def test_that_no_more_graphs_are_held_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(graphs, "MOST", 2)
+    caplog.set_level(logging.INFO)
+    run = Run()
+    for size in (1, 2):
+        run.replayed(range(3), size=size)
+    assert "no more are kept" not in caplog.text
+    for size in (3, 4):
+        run.replayed(range(4), size=size)
+    assert caplog.text.count("2 passes are replayed as CUDA graphs, no more are kept") == 1
+
+
 def test_what_is_given_back_is_recorded_anew_at_once() -> None:
     run = Run()
     run.replayed(range(3))
