@@ -277,7 +277,7 @@ class MemoryConfig(Checked):
     weights take; auto: where every size fits beside it with nothing recomputed and no block is swapped."""
     blocks_to_swap: CountOrZero | Literal["auto"] | None = None
     """How many transformer blocks' memory is freed: they stay in system memory and are copied when they are due; auto:
-    as few as are foretold to suffice."""
+    as many as are foretold to take least time, among those with which every size fits."""
     use_pinned_memory_for_block_swap: bool = False
     """Pin the memory of those blocks: faster copies; this is always done."""
     block_swap_h2d_only: bool = False
@@ -297,7 +297,7 @@ class MemoryConfig(Checked):
     compile_fullgraph: bool = False
     """Refuse graph breaks."""
     compile_cache_size_limit: Count | None = None
-    """How many graphs torch.compile keeps. Default: 32."""
+    """How many graphs torch.compile keeps, those of all sizes and of all ways to save counted together. Default: 32."""
     cuda_graphs: Literal["auto", "off"] = "off"
     """auto: passes that the GPU could do faster than the host can queue them are recorded once and replayed whole."""
 

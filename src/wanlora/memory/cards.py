@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from wanlora.foundation.errors import ConfigError, did_you_mean
-from wanlora.memory.flops import Flops
+from wanlora.memory.work import Work
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,10 +70,10 @@ CARDS: dict[str, Card] = {
     for name, memory, bf16, fp8, bandwidth, link in _ROWS
 }
 
-_REACHED_BF16, _REACHED_FP8, _REACHED_EAGER = 0.55, 0.43, 0.43
-"""The part of the rates that products reach in a step: compiled, compiled with fp8 products, eager."""
-_REACHED_WEIGHTS, _REACHED_WEIGHTS_EAGER = 0.45, 0.15
-"""The part of the bandwidth at which fp8 weights are widened. It also stands for gaps between kernels."""
+_REACHED_BF16, _REACHED_FP8, _REACHED_ATTENTION, _REACHED_BANDWIDTH = 0.795, 0.70, 0.50, 0.90
+"""The part of the rates that products in bf16, in fp8 and those of attention reach, and of the memory's bandwidth."""
+_KERNEL = 4e-6
+"""Seconds of a kernel in which most of the card is idle: its beginning and its end."""
 
 
 def find_card(name: str) -> Card:
@@ -100,26 +100,17 @@ def recognise_card(device_name: str) -> Card | None:
     return max(fitting, key=lambda card: len(_words(card.name) & words), default=None)
 
 
-def step_seconds(
-    card: Card,
-    flops: Flops,
-    *,
-    widened: float = 0.0,
-    copied: float = 0.0,
-    compiled: bool = True,
-    fp8_products: bool = False,
-) -> float:
-    """About how long a step takes.
+def work_seconds(card: Card, work: Work, *, fp8_products: bool = False) -> float:
+    """About how long a card takes over `work`. `fp8_products`: frozen layers multiply in fp8, where it can."""
+    fast = card.fp8 if fp8_products else None
+    rate = card.bf16 * _REACHED_BF16 if fast is None else fast * _REACHED_FP8
+    products = work.linear / rate + work.attention / (card.bf16 * _REACHED_ATTENTION)
+    return products / 1e12 + work.moved / (card.bandwidth * _REACHED_BANDWIDTH * 1e9) + work.kernels * _KERNEL
 
-    `widened` bytes are moved to widen fp8 weights, `copied` come from system memory; copies run beside the
-    computation, so the longer of both counts. `fp8_products`: linear layers multiply in fp8.
-    """
-    fast = fp8_products and card.fp8 is not None
-    reached = (_REACHED_FP8 if fast else _REACHED_BF16) if compiled else _REACHED_EAGER
-    linear_rate = card.fp8 if fast and card.fp8 is not None else card.bf16
-    seconds = (flops.linear / linear_rate + flops.attention / card.bf16) / (reached * 1e12)
-    seconds += widened / ((_REACHED_WEIGHTS if compiled else _REACHED_WEIGHTS_EAGER) * card.bandwidth * 1e9)
-    return max(seconds, copied / (card.link * 1e9))
+
+def copy_seconds(card: Card, num_bytes: float) -> float:
+    """About how long so many bytes take from or to page-locked system memory."""
+    return num_bytes / (card.link * 1e9)
 
 
 def detect_card(device: torch.device) -> Card | None:

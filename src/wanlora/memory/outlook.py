@@ -1,19 +1,29 @@
-"""What a run will hold and how long its steps will take, before anything is loaded; and what to change if it is too
-much.
+"""What a run will hold and how long its steps will take, before anything is loaded.
 
-Puts together what rests on the card (`resting.py`), what a step needs (`footprint.py`), and arithmetic and rates
-(`flops.py`, `cards.py`). Everything here is a pure function of an `Outlook`, a frozen value that says how a run is set
-up: other settings are other values, so looking for settings that fit is trying them.
+Puts together what rests on the card (`resting.py`), what a step needs (`footprint.py`), and arithmetic, work and rates
+(`flops.py`, `work.py`, `cards.py`). Everything here is a pure function of an `Outlook`, a frozen value that says how a
+run is set up: other settings are other values, so looking for better settings is trying them (`choices.py`).
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from wanlora.memory.cards import Card, step_seconds
-from wanlora.memory.checkpointing import KEEPS_NOTHING, Kept
+from wanlora.memory.cards import Card, copy_seconds, work_seconds
+from wanlora.memory.checkpointing import Kept
 from wanlora.memory.flops import Flops, step_flops
-from wanlora.memory.footprint import BlockMaths, kept_block, recomputed_block, step_peak, workspace
-from wanlora.memory.resting import WeightFormats, block_weights, linear_sizes, outer_weights, transposed_weights
+from wanlora.memory.footprint import (
+    BlockMaths,
+    attention_per_token,
+    kept_block,
+    recomputed_block,
+    step_peak,
+    workspace,
+)
+from wanlora.memory.keeping import MOST_OF_EVERYTHING
+from wanlora.memory.mixing import time_spared
+from wanlora.memory.resting import WeightFormats, block_weights, outer_weights, transposed_weights
+from wanlora.memory.work import Saved, block_work
 
 _OFFLOADED_INPUTS = 2
 """Block inputs that are on the card at a time when they are kept on the host."""
@@ -110,14 +120,26 @@ class Outlook:
         return sum(self.resting().values()) + max(self._peak(load, kept), self._update())
 
     def most_kept(self, load: Load, room: int) -> Kept:
-        """The most that can be kept within `room` bytes: all blocks, else attention first and then blocks."""
+        """What a run keeps within `room` bytes, as it chooses by measurement (`keeping.py`)."""
         spare = room - sum(self.resting().values())
         spare = spare if self.activations is None else min(spare, self.activations)
-        choices = [Kept(blocks) for blocks in range(self.optional, 0, -1)]
-        if self.maths.compiled:
-            choices[1:] = [Kept(blocks, self.optional - blocks) for blocks in range(self.optional - 1, 0, -1)]
-            choices += [Kept(0, attention) for attention in range(self.optional, 0, -1)]
-        return next((kept for kept in choices if self._peak(load, kept) <= spare), KEEPS_NOTHING)
+
+        def fits(kept: Kept) -> bool:
+            return self._peak(load, kept) <= spare
+
+        optional, whole = self.optional, Kept(self.optional)
+        if fits(whole):
+            ample = MOST_OF_EVERYTHING * self._peak(load, whole) <= spare
+            return whole._replace(everything=ample and self.maths.compiled and self.recompute and optional > 0)
+        blocks = _most(optional, lambda number: fits(Kept(number)))
+        if not self.maths.compiled:
+            return Kept(blocks)
+        mixes = [self._filled(number, fits) for number in range(blocks + 1)]
+        return max(mixes, key=lambda kept: self._spared(load, kept))
+
+    def _filled(self, blocks: int, fits: Callable[[Kept], bool]) -> Kept:
+        """So many blocks kept, and attention in as many others as fit."""
+        return Kept(blocks, _most(self.optional - blocks, lambda number: fits(Kept(blocks, number))))
 
     def offloaded(self, load: Load) -> int:
         """Bytes of system memory that the inputs of recomputed blocks take."""
@@ -138,16 +160,38 @@ class Outlook:
         )
 
     def seconds(self, load: Load, card: Card, *, kept: Kept) -> float:
-        """About how long such a step takes."""
-        block = block_weights(self.maths.sizes, self.formats)
-        return step_seconds(
-            card,
-            self.flops(load, kept=kept),
-            widened=(3 * self.num_blocks - kept.blocks) * self._widened() + self._transposed_anew(),
-            copied=2 * (self.streamed - min(self.ring, self.streamed)) * block + 2 * self.offloaded(load),
-            compiled=self.maths.compiled,
-            fp8_products=self.fp8_products,
+        """About how long such a step takes.
+
+        Copies run beside the computation, but not for longer than it: a block that is streamed has to be there before
+        it is computed, and its buffer is free for the next one only afterwards. So the longer of both counts, in
+        forward and in backward, for blocks that are computed again and for those that are not.
+        """
+        kinds: dict[Saved, int] = {
+            "everything" if kept.everything else "products": kept.blocks,
+            "attention": kept.attention,
+            "nothing": self.num_blocks - kept.blocks - kept.attention,
+        }
+        return sum(count * self._block_seconds(load, card, saved) for saved, count in kinds.items() if count)
+
+    def _block_seconds(self, load: Load, card: Card, saved: Saved) -> float:
+        """Of one block, with its share of what is copied."""
+        weights = (self.streamed - min(self.ring, self.streamed)) * block_weights(self.maths.sizes, self.formats)
+        weights = weights // self.num_blocks
+        away = self.offload and self.recompute and saved in ("attention", "nothing")
+        inputs = recomputed_block(self.maths, load.tokens, load.batch) if away else 0
+        forward, backward = (
+            work_seconds(card, work, fp8_products=self.fp8_products)
+            for work in block_work(
+                self.maths,
+                load.tokens,
+                load.batch,
+                saved=saved,
+                fp8_products=self.fp8_products,
+                transposed=self.transposed_bytes > 0,
+            )
         )
+        to_and_fro, back = copy_seconds(card, max(weights, inputs)), copy_seconds(card, weights + inputs)
+        return max(forward, to_and_fro) + max(backward, back)
 
     def _peak(self, load: Load, kept: Kept | None = None) -> int:
         """Bytes of forward and backward."""
@@ -171,64 +215,17 @@ class Outlook:
         """Bytes of gradients and of what an ordinary optimizer computes of them."""
         return (4 + 4) * self.trained if self.state_bytes > 4 else 4 * self.trained
 
-    def _transposed_anew(self) -> float:
-        """Bytes moved to transpose fp8 weights for backward: read and written."""
-        if not self.fp8_products or self.transposed_bytes:
-            return 0.0
-        return 2.0 * self.num_blocks * transposed_weights(self.maths.sizes)
-
-    def _widened(self) -> float:
-        """Bytes moved to widen the fp8 weights of one block: read, written, read."""
-        if not self.maths.fp8 or self.fp8_products:
-            return 0.0
-        weights = sum(out * into for out, into in linear_sizes(self.maths.sizes).values())
-        return weights * (1.0 + 2 * self.maths.compute.itemsize)
+    def _spared(self, load: Load, kept: Kept) -> float:
+        tokens, batch = load.tokens, load.batch
+        held = recomputed_block(self.maths, tokens, batch)
+        return time_spared(
+            kept.blocks,
+            kept.attention,
+            products_bytes=kept_block(self.maths, tokens, batch) - held,
+            attention_bytes=batch * tokens * attention_per_token(self.maths),
+        )
 
 
-def fits(outlook: Outlook, loads: Iterable[Load], room: int, *, besides: int = 0) -> bool:
-    """Whether every batch can be trained on within `room` bytes, and `besides` bytes be taken between steps."""
-    return sum(outlook.resting().values()) + besides <= room and all(outlook.peak(load) <= room for load in loads)
-
-
-def fewest_swapped(outlook: Outlook, loads: Iterable[Load], room: int, *, besides: int = 0) -> int | None:
-    """The smallest number of swapped blocks that satisfies `fits`; None if none does."""
-    listed = list(loads)
-    numbers = range(outlook.num_blocks - outlook.ring + 1)
-    return next(
-        (number for number in numbers if fits(replace(outlook, swapped=number), listed, room, besides=besides)), None
-    )
-
-
-def cures(outlook: Outlook, loads: Iterable[Load], room: int) -> dict[str, Outlook]:
-    """Settings with which every batch fits into `room` bytes, by the flags to type, those that swap least first."""
-    listed = list(loads)
-    found: dict[str, Outlook] = {}
-    for flags, candidate in _changes(outlook).items():
-        number = outlook.swapped if fits(candidate, listed, room) else fewest_swapped(candidate, listed, room)
-        if number is None:
-            continue
-        swap = "" if number == outlook.swapped else f"--blocks_to_swap {number}"
-        name = " ".join(part for part in (flags, swap) if part)
-        if name:
-            found[name] = replace(candidate, swapped=number)
-    return dict(sorted(found.items(), key=lambda entry: entry[1].swapped))
-
-
-def _changes(outlook: Outlook) -> Mapping[str, Outlook]:
-    """What may be changed, alone and together, by the flags to type."""
-    changes = {"": outlook}
-    if outlook.transposed:
-        outlook = replace(outlook, transposed=False)
-        changes = {"--fp8_fast_transposed off": outlook}
-    if not outlook.recompute:
-        flags = next(iter(changes))
-        changes[f"{flags} --gradient_checkpointing".strip()] = replace(outlook, recompute=True)
-    if not outlook.maths.fp8:
-        maths, formats = replace(outlook.maths, fp8=True), replace(outlook.formats, fp8=True)
-        for flags, changed in list(changes.items()):
-            changes[f"--fp8_base --fp8_scaled {flags}".strip()] = replace(changed, maths=maths, formats=formats)
-    if not outlook.offload:
-        flags, changed = list(changes.items())[-1]
-        if changed.recompute:
-            changes[f"{flags} --gradient_checkpointing_cpu_offload".strip()] = replace(changed, offload=True)
-    return changes
+def _most(count: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `count` that fits, if smaller ones do; 0 if none does."""
+    return bisect_left(range(1, count + 1), True, key=lambda number: not fits(number))

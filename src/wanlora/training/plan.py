@@ -17,8 +17,9 @@ from wanlora.foundation.shapes import LatentShape, PixelShape
 from wanlora.foundation.tensor_files import open_tensors
 from wanlora.memory.cards import Card
 from wanlora.memory.checkpointing import Kept
+from wanlora.memory.choices import cures, faster
 from wanlora.memory.footprint import ADAPTABLE, BlockMaths
-from wanlora.memory.outlook import Load, Outlook, cures
+from wanlora.memory.outlook import Load, Outlook
 from wanlora.memory.previews import decoder_bytes, sampling_bytes, text_encoder_bytes
 from wanlora.memory.resting import WeightFormats, linear_sizes
 from wanlora.quantization.installer import Mode
@@ -32,6 +33,8 @@ _STORED, _HEADER = 2, 1024
 _CHANNELS, _LONGEST_TEXT = 16, 512
 _PROGRAM, _WORKER = 3 * 2**30, 2**29
 """System memory of Python with PyTorch and CUDA, and of each process that reads batches. From experience."""
+_USABLE_HOST_MEMORY, _LOCKABLE = 0.8, 0.5
+"""Parts of the free system memory that a run may take, and that can be page-locked (Windows: half of all)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +105,9 @@ class RunPlan:
     disk: Disk
     cures: dict[str, Outlook]
     """Settings that fit, by the flags to type; empty if these fit or nothing does."""
+    faster: dict[str, float]
+    """Where these fit: settings that are foretold to be faster, by the flags to type, with the part of the time that
+    they spare."""
 
     @property
     def largest(self) -> BucketPlan:
@@ -127,7 +133,16 @@ def make_plan(config: TrainConfig, prepared: Prepared, target: Target, *, dtype:
     buckets = [_bucket(outlook, target, pixels, batch, *number) for (pixels, batch), number in counts.items()]
     buckets.sort(key=lambda bucket: bucket.peak)
     loads = [bucket.load for bucket in buckets]
-    fits = target.room is None or outlook.peak(loads[-1]) <= target.room
+    room, batches = target.room, batches_of(prepared.plan)
+    fits = room is None or outlook.peak(loads[-1]) <= room
+    spared, solutions = {}, {}
+    if room is not None and target.streams:
+        host = host_for_blocks(config, prepared, target)
+        if not fits:
+            solutions = cures(outlook, batches, room, target.rates, host=host)
+        elif target.rates:
+            besides = drawing_bytes(config.model, prepared, outlook)
+            spared = faster(outlook, batches, room, target.rates, besides=besides, host=host)
     return RunPlan(
         target=target,
         outlook=outlook,
@@ -135,7 +150,8 @@ def make_plan(config: TrainConfig, prepared: Prepared, target: Target, *, dtype:
         other_peaks=_other_peaks(config.model, prepared, outlook),
         host=_host(config, prepared, outlook, loads, target),
         disk=_disk(prepared.plan, prepared.transformer.sizes.text_dim),
-        cures={} if fits or target.room is None or not target.streams else cures(outlook, loads, target.room),
+        cures=solutions,
+        faster=spared,
     )
 
 
@@ -183,9 +199,12 @@ def count_buckets(plan: DataPlan) -> dict[tuple[PixelShape, int], tuple[int, int
     return {key: (samples[key], batches[key]) for key in samples}
 
 
-def loads_of(plan: DataPlan) -> list[Load]:
-    """The largest batch of every size."""
-    return [Load(tokens=LatentShape.of(pixels).num_tokens, batch=batch) for pixels, batch in count_buckets(plan)]
+def batches_of(plan: DataPlan) -> dict[Load, int]:
+    """How many batches of every size an epoch has, the last of an epoch taken for whole."""
+    counts: Counter[Load] = Counter()
+    for (pixels, batch), (_, batches) in count_buckets(plan).items():
+        counts[Load(tokens=LatentShape.of(pixels).num_tokens, batch=batch)] += batches
+    return dict(counts)
 
 
 def _bucket(outlook: Outlook, target: Target, pixels: PixelShape, batch: int, samples: int, batches: int) -> BucketPlan:
@@ -226,20 +245,35 @@ def drawing_bytes(model: ModelConfig, prepared: Prepared, outlook: Outlook) -> i
         )
 
 
+def host_for_blocks(config: TrainConfig, prepared: Prepared, target: Target) -> int | None:
+    """Bytes of system memory that may be page-locked by this process; None where it is not known."""
+    if target.host_free is None:
+        return None
+    share = target.host_free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    others = sum(_host_besides(config, prepared).values())
+    return max(min(int(_USABLE_HOST_MEMORY * share) - others, int(_LOCKABLE * share)), 0)
+
+
 def _host(
     config: TrainConfig, prepared: Prepared, outlook: Outlook, loads: list[Load], target: Target
 ) -> dict[str, int]:
     """System memory, roughly."""
-    workers = min(config.run.max_data_loader_n_workers, os.cpu_count() or 1)
-    needs = {"program": _PROGRAM, "reading batches": workers * _WORKER}
+    needs = _host_besides(config, prepared)
     if target.total is None:
         needs["training"] = outlook.peak(loads[-1])
     else:
         needs["swapped blocks"] = outlook.host
         needs["inputs of blocks"] = max(outlook.offloaded(load) for load in loads)
+    return {name: size for name, size in needs.items() if size}
+
+
+def _host_besides(config: TrainConfig, prepared: Prepared) -> dict[str, int]:
+    """System memory that is taken whatever trains where."""
+    workers = min(config.run.max_data_loader_n_workers, os.cpu_count() or 1)
+    needs = {"program": _PROGRAM, "reading batches": workers * _WORKER}
     if prepared.requests and config.model.vae is not None:
         needs["VAE for previews"] = config.model.vae.stat().st_size
-    return {name: size for name, size in needs.items() if size}
+    return needs
 
 
 def _disk(plan: DataPlan, text_dim: int) -> Disk:

@@ -10,11 +10,12 @@ from wanlora.memory.measure import GIB
 from wanlora.memory.outlook import Outlook
 from wanlora.training.plan import PREVIEWS, TEXT_ENCODER, BucketPlan, RunPlan
 
-_SHOWN_CURES = 4
 _PREVIEW_CURES = {
     TEXT_ENCODER: "add --fp8_t5, or leave out --sample_prompts",
     PREVIEWS: "make them smaller or shorter, add --vae_dtype bfloat16, or swap more blocks",
 }
+_SLOW_HOST = 0.0085
+"""Seconds in which a slow host queued the kernels of a block (benchmarks/results/block-step-14B-*.json)."""
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
 
@@ -65,6 +66,12 @@ def _legend(plan: RunPlan) -> Iterator[str]:
     if any(bucket.kept.attention for bucket in plan.buckets):
         kept += ", + blocks that keep the result of attention"
     yield f"  ({needs}{kept if plan.target.room is not None and outlook.recompute else ''})"
+    host = _SLOW_HOST * outlook.num_blocks
+    if any(bucket.seconds is not None and bucket.seconds < host for bucket in plan.buckets):
+        yield (
+            f"  (s/batch: of the card; a slow processor may need {host:.2f} s a batch to queue the kernels, "
+            "see --cuda_graphs)"
+        )
 
 
 def _time(plan: RunPlan, *, steps: int, epochs: float, processes: int) -> Iterator[str]:
@@ -109,12 +116,14 @@ def _verdict(plan: RunPlan) -> Iterator[str]:
             yield f"too much for the {name}: {_gib(size)} of {_gib(room)} GiB; {_PREVIEW_CURES[name]}"
     if plan.fits:
         yield f"it fits: {plan.largest.pixels} needs {_gib(plan.largest.peak)} of {_gib(room)} GiB"
+        for flags, spared in plan.faster.items():
+            yield f"foretold to be faster: {flags}, {spared:.0%} less time"
         return
     failing = [bucket for bucket in plan.buckets if bucket.peak > room]
     names = ", ".join(f"{bucket.pixels} ({_gib(bucket.peak)})" for bucket in failing)
     yield f"it does not fit: of the {_gib(room)} GiB that can be used, too much is needed by {names}. What would fit:"
     found = False
-    for flags, outlook in list(plan.cures.items())[:_SHOWN_CURES]:
+    for flags, outlook in plan.cures.items():
         found = True
         yield f"  {flags}: {_gib(outlook.peak(plan.largest.load))} GiB{_slower(plan, outlook)}"
     if smaller := smaller_clip(plan):
@@ -207,6 +216,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         "host_bytes": plan.host,
         "disk_bytes": {name: getattr(plan.disk, name) for name in ("latents", "latents_there", "text", "text_there")},
         "would_fit": {flags: outlook.peak(plan.largest.load) for flags, outlook in plan.cures.items()},
+        "faster": plan.faster,
     }
 
 
@@ -223,6 +233,7 @@ def _bucket_record(plan: RunPlan, bucket: BucketPlan) -> dict[str, Any]:
         "peak_bytes": bucket.peak,
         "blocks_kept": bucket.kept.blocks,
         "attention_kept": bucket.kept.attention,
+        "everything_kept": bucket.kept.everything,
         "seconds": bucket.seconds,
         "fits": None if plan.target.room is None else bucket.peak <= plan.target.room,
     }

@@ -14,14 +14,22 @@ from wanlora.foundation.errors import ConfigError
 from wanlora.foundation.files import write_json
 from wanlora.foundation.log import log
 from wanlora.memory.cards import Card, detect_card, find_card
+from wanlora.memory.choices import Swapping, best_swapped, fits
 from wanlora.memory.host import available_host_memory
 from wanlora.memory.limit import default_reserve
 from wanlora.memory.measure import GIB
-from wanlora.memory.outlook import fewest_swapped, fits
 from wanlora.training.announce import run_length
 from wanlora.training.build import fp8_weights, wants_compile
 from wanlora.training.engine import compute_dtype
-from wanlora.training.plan import RunPlan, Target, drawing_bytes, loads_of, make_outlook, make_plan
+from wanlora.training.plan import (
+    RunPlan,
+    Target,
+    batches_of,
+    drawing_bytes,
+    host_for_blocks,
+    make_outlook,
+    make_plan,
+)
 from wanlora.training.plan_report import plan_lines, plan_record
 from wanlora.training.position import steps_per_epoch
 from wanlora.training.prepare import Prepared, prepare
@@ -71,10 +79,10 @@ def present_target(config: TrainConfig) -> Target:
 
 
 def settle(config: TrainConfig, prepared: Prepared, target: Target) -> TrainConfig:
-    """The settings without `auto`: the smallest number of swapped blocks with which every size fits, and whether
-    weights are kept transposed for fp8 maths. What was decided is said."""
+    """The settings without `auto`: the number of swapped blocks with which every size fits and all of them take least
+    time, and whether weights are kept transposed for fp8 maths. What was decided is said."""
     if config.memory.blocks_to_swap == AUTO:
-        config = replace(config, memory=replace(config.memory, blocks_to_swap=_fewest(config, prepared, target)))
+        config = replace(config, memory=replace(config.memory, blocks_to_swap=_swapped(config, prepared, target)))
     asked = config.memory.fp8_fast_transposed
     if target.fp8 != "rows" and config.memory.fp8_fast and asked == "on":
         log.warning("--fp8_fast_transposed on: not done, because nothing is multiplied in fp8")
@@ -98,7 +106,7 @@ def _transposes(config: TrainConfig, prepared: Prepared, target: Target) -> bool
         return True
     if target.room is None:
         return False
-    everything, loads = replace(outlook, recompute=False), loads_of(prepared.plan)
+    everything, loads = replace(outlook, recompute=False), batches_of(prepared.plan)
     besides = drawing_bytes(config.model, prepared, outlook)
     room = fits(everything, loads, target.room, besides=besides)
     needs = max(*map(everything.peak, loads), sum(everything.resting().values()) + besides) / GIB
@@ -109,23 +117,33 @@ def _transposes(config: TrainConfig, prepared: Prepared, target: Target) -> bool
     return room
 
 
-def _fewest(config: TrainConfig, prepared: Prepared, target: Target) -> int:
+def _swapped(config: TrainConfig, prepared: Prepared, target: Target) -> int:
     if target.room is None:
         log.info("--blocks_to_swap auto: 0, because without a CUDA card all weights are in system memory")
         return 0
     outlook = make_outlook(config, prepared, target, dtype=_dtype(config, prepared))
-    loads, besides = loads_of(prepared.plan), drawing_bytes(config.model, prepared, outlook)
-    number = fewest_swapped(outlook, loads, target.room, besides=besides)
-    chosen = replace(outlook, swapped=outlook.num_blocks - outlook.ring if number is None else number)
-    needs = max(*map(chosen.peak, loads), sum(chosen.resting().values()) + besides) / GIB
+    batches, besides = batches_of(prepared.plan), drawing_bytes(config.model, prepared, outlook)
+    host = host_for_blocks(config, prepared, target)
+    choice = best_swapped(outlook, batches, target.room, target.rates, besides=besides, host=host)
+    chosen = replace(outlook, swapped=choice.number if choice else outlook.num_blocks - outlook.ring)
+    needs = max(*map(chosen.peak, batches), sum(chosen.resting().values()) + besides) / GIB
     figures = f"{needs:.1f} of {target.room / GIB:.1f} GiB are needed"
-    if number is None:
+    if choice is None:
         log.warning(f"--blocks_to_swap auto: {chosen.swapped}, which are all, and still {figures}")
     else:
-        without = max(*map(outlook.peak, loads), sum(outlook.resting().values()) + besides) / GIB
-        less = f", {without:.1f} with none swapped" if number else ""
-        log.info(f"--blocks_to_swap auto: {number}; {figures}{less}")
+        without = max(*map(outlook.peak, batches), sum(outlook.resting().values()) + besides) / GIB
+        less = f", {without:.1f} with none swapped" if choice.number else ""
+        log.info(f"--blocks_to_swap auto: {_reason(choice, outlook.num_blocks)}; {figures}{less}")
     return chosen.swapped
+
+
+def _reason(choice: Swapping, num_blocks: int) -> str:
+    if choice.number == choice.fewest:
+        return str(choice.number)
+    return (
+        f"{choice.number} of {num_blocks} blocks are swapped: {choice.fewest} would fit, {choice.number} are foretold "
+        f"to take {choice.gain:.0%} less time"
+    )
 
 
 def log_plan(config: TrainConfig, prepared: Prepared, target: Target) -> RunPlan:

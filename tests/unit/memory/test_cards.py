@@ -1,23 +1,13 @@
-"""The table of cards, and the time of a step that it leads to."""
+"""The table of cards, and the times that its rates lead to."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.unit.memory.adapters import adapter_parameters
 from wanlora.foundation.errors import ConfigError
-from wanlora.memory.cards import CARDS, detect_card, find_card, recognise_card, step_seconds
-from wanlora.memory.flops import Flops, step_flops
-from wanlora.models.wan.spec import TASKS
-
-WAN_14B = TASKS["t2v-14B"].sizes
-_RECORD: dict[str, Any] = json.loads(
-    (Path(__file__).parents[3] / "benchmarks/results/training-step-14B-h100.json").read_text(encoding="utf-8")
-)
-_TOKENS = {"768x768x1": 2304, "768x416x1": 1248, "768x416x21": 7488, "384x208x45": 3744}
+from wanlora.memory.cards import CARDS, copy_seconds, detect_card, find_card, recognise_card, work_seconds
+from wanlora.memory.work import Work
 
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=str)
@@ -67,24 +57,17 @@ def test_a_name_that_is_not_clear_is_refused(typed: str) -> None:
         find_card(typed)
 
 
-@pytest.mark.parametrize(("run", "compiled"), [("reference-eager", False), ("reference", True), ("no-swap", True)])
-@pytest.mark.parametrize("bucket", _TOKENS)
-def test_a_recorded_step_took_about_as_long_as_is_estimated(run: str, compiled: bool, bucket: str) -> None:
-    flops = step_flops(WAN_14B, _TOKENS[bucket], trained=40 * adapter_parameters(WAN_14B, 32))
-    widened = 3 * 40 * (0.373e9 + 2 * 0.703e9)
-    copied = 0 if run == "no-swap" else 20 * 0.373e9
-    estimated = step_seconds(CARDS["H100"], flops, widened=widened, copied=copied, compiled=compiled)
-    assert estimated == pytest.approx(_RECORD["runs"][run]["buckets"][bucket]["seconds"], rel=0.1)
-
-
-def test_copies_decide_where_they_take_longer() -> None:
-    card, flops = CARDS["RTX 3090"], Flops(linear=1e12, attention=0.0)
-    assert step_seconds(card, flops, copied=50e9) == pytest.approx(2.0)
-    assert step_seconds(card, flops, copied=1e6) == step_seconds(card, flops)
+def test_each_kind_of_work_has_its_own_rate() -> None:
+    card = CARDS["RTX 3090"]
+    works = (Work(linear=1e14), Work(attention=1e14), Work(moved=1e12), Work(kernels=1e5))
+    times = [work_seconds(card, work) for work in works]
+    assert times == pytest.approx([1e14 / 71e12 / 0.795, 1e14 / 71e12 / 0.5, 1e12 / 936e9 / 0.9, 0.4])
+    assert work_seconds(card, sum(works, Work())) == pytest.approx(sum(times))
+    assert copy_seconds(card, 50e9) == pytest.approx(2.0)
 
 
 def test_fp8_products_help_only_where_the_card_has_them() -> None:
-    flops = Flops(linear=1e14, attention=1e13)
+    work = Work(linear=1e14, attention=1e13)
     old, new = CARDS["RTX 3090"], CARDS["RTX 4090"]
-    assert step_seconds(old, flops, fp8_products=True) == step_seconds(old, flops)
-    assert step_seconds(new, flops, fp8_products=True) < step_seconds(new, flops)
+    assert work_seconds(old, work, fp8_products=True) == work_seconds(old, work)
+    assert work_seconds(new, work, fp8_products=True) < work_seconds(new, work)

@@ -10,7 +10,7 @@ import torch
 
 from tests.runs import TrainingFolder
 from tests.unit.training.conftest import Checked
-from wanlora.config.train import MemoryConfig
+from wanlora.config.train import MemoryConfig, TrainConfig
 from wanlora.foundation.log import log
 from wanlora.foundation.random import Streams
 from wanlora.foundation.shapes import PixelShape
@@ -19,9 +19,10 @@ from wanlora.memory.checkpointing import Kept
 from wanlora.training import planning
 from wanlora.training.build import build_trainee, fp8_weights
 from wanlora.training.optimizers import OptimizerChoice, choose_optimizer, state_bytes
-from wanlora.training.plan import RunPlan, Target, count_buckets, make_outlook, make_plan
+from wanlora.training.plan import RunPlan, Target, count_buckets, host_for_blocks, make_outlook, make_plan
 from wanlora.training.plan_report import duration, plan_lines, plan_record, smaller_clip
 from wanlora.training.planning import usable_room
+from wanlora.training.prepare import Prepared
 
 MIB = 2**20
 Captured = pytest.LogCaptureFixture
@@ -123,7 +124,15 @@ def test_a_plan_that_fits_says_so(checked: Checked) -> None:
     assert "an epoch: 8 steps" in text and "the run: about" in text
     assert "needs: with every block recomputed" in text
     assert all(str(bucket.pixels) in text for bucket in plan.buckets)
-    assert all(bucket.kept == Kept(12) for bucket in plan.buckets)
+    assert all(bucket.kept == Kept(12, everything=True) for bucket in plan.buckets)
+
+
+def test_sizes_that_a_slow_host_would_bound_are_named(checked: Checked) -> None:
+    plan = planned(checked, 2000)
+    assert "a slow processor may need 0.10 s a batch" in lines(plan)
+    slow = replace(plan, buckets=tuple(replace(bucket, seconds=0.11) for bucket in plan.buckets))
+    unknown = replace(plan, buckets=tuple(replace(bucket, seconds=None) for bucket in plan.buckets))
+    assert "s a batch" not in lines(slow) + lines(unknown)
 
 
 def test_a_plan_that_does_not_fit_says_what_would(checked: Checked) -> None:
@@ -200,16 +209,53 @@ def test_auto_is_zero_without_a_card_and_that_is_said(checked: Checked, said: Ca
     assert "--blocks_to_swap auto: 0" in said.text
 
 
-def test_auto_is_the_fewest_that_fit(checked: Checked, said: Captured) -> None:
-    config, prepared = checked("--blocks_to_swap", "auto", "--gradient_checkpointing")
+def tight_target(checked: Checked, *flags: str) -> tuple[TrainConfig, Prepared, Target]:
+    """Where a few blocks have to be swapped."""
+    config, prepared = checked("--blocks_to_swap", "auto", "--gradient_checkpointing", *flags)
     outlook = make_outlook(config, prepared, target(4000), dtype=torch.float32)
     peak = max(bucket.peak for bucket in make_plan(config, prepared, target(4000), dtype=torch.float32).buckets)
-    block = outlook.resting()["weights"] // 12
-    card = replace(target(0), room=peak - 2 * block)
-    settled = planning.settle(config, prepared, card)
+    return config, prepared, replace(target(0), room=peak - 2 * outlook.resting()["weights"] // 12)
+
+
+def test_auto_is_the_fewest_that_fit_on_a_card_whose_rates_are_not_known(checked: Checked, said: Captured) -> None:
+    config, prepared, card = tight_target(checked)
+    settled = planning.settle(config, prepared, replace(card, rates=None))
     assert settled.memory.blocks_to_swap in (2, 3)
-    assert f"--blocks_to_swap auto: {settled.memory.blocks_to_swap};" in said.text
+    assert f"--blocks_to_swap auto: {settled.memory.blocks_to_swap}; " in said.text
     assert planning.settle(config, prepared, target(4000)).memory.blocks_to_swap == 0
+
+
+def test_auto_is_more_than_suffice_where_that_is_foretold_to_be_faster_and_that_is_said(
+    checked: Checked, said: Captured
+) -> None:
+    config, prepared, card = tight_target(checked)
+    fewest = planning.settle(config, prepared, replace(card, rates=None)).memory.num_swapped
+    settled = planning.settle(config, prepared, card)
+    number = settled.memory.num_swapped
+    assert number > fewest
+    expected = f"{number} of 12 blocks are swapped: {fewest} would fit, {number} are foretold to take "
+    assert f"--blocks_to_swap auto: {expected}" in said.messages[-1] and "% less time; " in said.messages[-1]
+    assert make_plan(settled, prepared, card, dtype=torch.float32).faster == {}
+    fewer = replace(settled, memory=replace(settled.memory, blocks_to_swap=fewest))
+    plan = make_plan(fewer, prepared, card, dtype=torch.float32)
+    assert f"--blocks_to_swap {number}" in plan.faster
+    spared = plan.faster[f"--blocks_to_swap {number}"]
+    assert f"foretold to be faster: --blocks_to_swap {number}, {spared:.0%} less time" in lines(plan)
+    assert plan_record(plan)["faster"] == plan.faster
+    poor = replace(card, host_free=3 * 2**30)  # as much as the program takes
+    assert planning.settle(config, prepared, poor).memory.num_swapped == fewest
+
+
+def test_processes_of_one_machine_share_its_memory(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, prepared = checked()
+    assert host_for_blocks(config, prepared, target(4000)) is None
+    here = replace(target(4000), host_free=64 * 2**30)
+    assert host_for_blocks(config, prepared, here) == 32 * 2**30
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert host_for_blocks(config, prepared, here) == 16 * 2**30
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert host_for_blocks(config, prepared, here) == int(0.8 * 4 * 2**30) - 3 * 2**30
+    assert host_for_blocks(config, prepared, replace(here, host_free=2**30)) == 0
 
 
 def test_auto_swaps_all_where_nothing_suffices(checked: Checked, said: Captured) -> None:
@@ -307,7 +353,7 @@ def test_activations_may_be_given_less_than_is_left(checked: Checked) -> None:
         planned(checked, 2000, "--gradient_checkpointing", *amount).buckets[0].kept
         for amount in ((), ("--activation_memory", "off"), ("--activation_memory", "0.000001"))
     ]
-    assert kept == [Kept(12), Kept(), Kept()]
+    assert kept == [Kept(12, everything=True), Kept(), Kept()]
 
 
 def test_limits_of_the_user_hold_for_the_plan_too() -> None:
