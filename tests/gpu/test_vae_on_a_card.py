@@ -1,4 +1,4 @@
-"""The autoencoder as cards compute it: channels last, norm and SiLU in one kernel, latents copied back later."""
+"""The autoencoder as cards compute it: channels last, norm and SiLU in one kernel, latents copied back later, tiles."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wanlora.caching.encoding import LatentEncoder
+from wanlora.memory.fitting import FittedVAE
+from wanlora.memory.limit import free_for_tensors
 from wanlora.models.wan.vae import VAESizes, WanVAE, _put_channels_last
 from wanlora.models.wan.vae_kernels import activate_rows
+from wanlora.models.wan.vae_tiles import WHOLE, Tiling
 
 pytestmark = pytest.mark.gpu
 
@@ -59,3 +62,56 @@ def test_latents_that_are_fetched_late_are_those_of_their_clip(vae: WanVAE) -> N
     at_once = [encoder.encode([clip]).latents()[0] for clip in clips]
     begun = [encoder.encode([clip]) for clip in clips]
     assert all(torch.equal(later.latents()[0], first) for later, first in zip(begun, at_once, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_give_the_same_with_less_memory(vae: WanVAE, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    vae = on_card(vae, dtype)
+    pixels = torch.randint(0, 256, (1, 3, 13, 480, 416), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    results: list[tuple[Tensor, Tensor]] = []
+    peaks = []
+    for tiling in (WHOLE, Tiling(3, 3), WHOLE, Tiling(3, 3)):  # kernels are chosen and checked in the first two
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        latents = vae.encode(pixels, tiling=tiling)
+        encoded = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        frames = vae.decode_unclamped(results[0][0] if results else latents, tiling=tiling)
+        peaks.append((encoded, torch.cuda.max_memory_allocated()))
+        results.append((latents, frames))
+    allowed = 1e-4 if dtype == torch.float32 else 0.03
+    for tiled, whole in zip(results[1], results[0], strict=True):
+        assert (tiled.float() - whole.float()).norm() < allowed * whole.float().norm()
+    assert all(tiled < 0.6 * whole for tiled, whole in zip(peaks[3], peaks[2], strict=True))
+
+
+def test_a_card_that_is_full_gets_tiles(vae: WanVAE) -> None:
+    vae = on_card(vae, torch.bfloat16)
+    pixels = torch.randint(0, 256, (1, 3, 5, 480, 832), dtype=torch.uint8)
+    torch.cuda.reset_peak_memory_stats()
+    expected = FittedVAE(vae).encode(pixels)
+    whole = torch.cuda.max_memory_allocated()
+    free = free_for_tensors(CARD)
+    assert free is not None and 0 < free < torch.cuda.get_device_properties(CARD).total_memory
+    tiles = FittedVAE(vae, room=lambda device: 100 * 2**20)
+    torch.cuda.reset_peak_memory_stats()
+    latents = tiles.encode(pixels)
+    assert torch.cuda.max_memory_allocated() < 0.6 * whole
+    assert (latents.float() - expected.float()).norm() < 0.03 * expected.float().norm()
+
+
+def test_memory_that_runs_out_on_a_card_leads_to_tiles(vae: WanVAE) -> None:
+    vae = on_card(vae, torch.bfloat16)
+    pixels = torch.randint(0, 256, (1, 3, 13, 720, 1280), dtype=torch.uint8)
+    expected = vae.encode(pixels)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(CARD).total_memory
+    held = torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction((held + 400 * 2**20) / total, CARD)
+    try:
+        latents = FittedVAE(vae, room=lambda device: total).encode(pixels)  # nobody knows of the limit
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, CARD)
+    assert (latents.float() - expected.float()).norm() < 0.03 * expected.float().norm()

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tests.tiny import SCENES, TinyWan
 from wanlora.caching.encoding import Encoded, LatentEncoder, to_pixels
@@ -466,13 +467,34 @@ def test_debug_mode_shows_what_the_vae_would_get(folder: Folder) -> None:
     assert len(frames_of(folder.root / "cache_2" / "debug" / "long_00004-009_0032x0032_wan.mp4")) == 9
 
 
-def test_running_out_of_memory_is_an_error_with_a_cure(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("tiling", "cure"), [("auto", "again with --vae_cache_cpu"), ("off", "without --vae_tiling off, .*--vae_cache_cpu")]
+)
+def test_running_out_of_memory_is_an_error_with_a_cure(
+    folder: Folder, tiling: str, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr("wanlora.models.wan.vae.WanVAE.encode", full)
-    with pytest.raises(MemoryPlanError, match="--vae_cache_cpu"):
-        folder.cache_latents()
+    with pytest.raises(MemoryPlanError, match=cure):
+        folder.cache_latents(vae_tiling=tiling)
+
+
+def test_tiles_give_the_same_latents(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def latents() -> dict[str, Tensor]:
+        return {name: next(iter(load_file(folder.root / name).values())) for name in folder.state()}
+
+    folder.cache_latents(vae_dtype="float32")
+    whole = latents()
+    for name in whole:
+        (folder.root / name).unlink()
+    monkeypatch.setattr("wanlora.memory.tiling._NARROWEST", 2)
+    assert folder.cache_latents(vae_dtype="float32", vae_tiling="on").written == len(LATENTS)
+    assert "48x32x5 is encoded in 2 tiles (2x1) of 24x32 and what lies around them (--vae_tiling on)" in caplog.text
+    torch.testing.assert_close(latents(), whole, atol=1e-5, rtol=1e-5)
 
 
 def test_the_script_ends_with_two_when_something_failed(folder: Folder) -> None:

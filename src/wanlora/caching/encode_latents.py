@@ -27,6 +27,7 @@ from wanlora.foundation.devices import find_device, place
 from wanlora.foundation.dtypes import dtype_name, parse_dtype
 from wanlora.foundation.files import Fingerprint
 from wanlora.foundation.log import log
+from wanlora.memory.limit import limit_card
 from wanlora.models.wan.vae import load_vae
 
 
@@ -54,9 +55,15 @@ def encode_latents(config: LatentCacheConfig, requests: tuple[Request, ...], wor
     """
     assert config.vae is not None
     device = find_device(config.device)
+    limit_card(device, reserve=None, at_most=None, adjustable=False)
     log.info(f"the VAE computes in {config.maths} on {place(device)}; latents are stored in {config.storage}")
     model = load_vae(config.vae, device=device, dtype=parse_dtype(config.maths), cache_on_cpu=config.vae_cache_cpu)
-    encoder = LatentEncoder(model, storage=parse_dtype(config.storage), cudnn=not config.disable_cudnn_backend)
+    encoder = LatentEncoder(
+        model,
+        storage=parse_dtype(config.storage),
+        cudnn=not config.disable_cudnn_backend,
+        tiling=config.vae_tiling,
+    )
     threads = decoding_threads(config.num_workers)
     try:
         with (

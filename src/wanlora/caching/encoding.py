@@ -10,6 +10,8 @@ from torch import Tensor
 
 from wanlora.data.resize import Clip
 from wanlora.foundation.errors import MemoryPlanError
+from wanlora.memory.fitting import FittedVAE, TilingChoice
+from wanlora.memory.measure import is_out_of_memory
 from wanlora.models.wan.vae import WanVAE
 
 
@@ -30,10 +32,12 @@ class Encoded:
 
 
 class LatentEncoder:
-    """A VAE and how its latents are stored."""
+    """A VAE, how it is fitted to the device's memory and how its latents are stored."""
 
-    def __init__(self, vae: WanVAE, *, storage: torch.dtype, cudnn: bool = True) -> None:
+    def __init__(self, vae: WanVAE, *, storage: torch.dtype, cudnn: bool = True, tiling: TilingChoice = "auto") -> None:
         self._vae = vae
+        self._fitted = FittedVAE(vae, tiling=tiling)
+        self._tiling = tiling
         self._storage = storage
         self._cudnn = cudnn
 
@@ -49,14 +53,17 @@ class LatentEncoder:
         """
         try:
             with nullcontext() if self._cudnn else torch.backends.cudnn.flags(enabled=False):
-                latents_BCFHW = self._vae.encode(to_pixels(clips, pin=self._vae.device.type == "cuda"))
+                latents_BCFHW = self._fitted.encode(to_pixels(clips, pin=self._vae.device.type == "cuda"))
                 return Encoded(latents_BCFHW.to(self._storage))
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             frames, height, width = clips[0].shape[:3]
+            whole = "without --vae_tiling off, or with --batch_size 1," if self._tiling == "off" else "with"
             raise MemoryPlanError(
                 f"the VAE ran out of memory on {len(clips)} x {width}x{height}x{frames}; everything before is "
-                "written. Run again with --batch_size 1, --vae_cache_cpu or --vae_dtype bfloat16, or close programs "
-                "that use the GPU"
+                f"written. Run again {whole} --vae_cache_cpu or --vae_dtype bfloat16, or close programs that use the "
+                "GPU"
             ) from error
 
 

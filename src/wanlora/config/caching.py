@@ -40,6 +40,8 @@ class LatentCacheConfig(CacheConfig):
     """Maths and storage of the VAE. Default: float32 maths, latents stored as bfloat16."""
     vae_cache_cpu: bool = False
     """Keep the VAE's frame cache in system memory: slower, less GPU memory."""
+    vae_tiling: Literal["auto", "on", "off"] = "auto"
+    """Encode frames in tiles, with the same latents: auto where they do not fit whole into the GPU's memory."""
     disable_cudnn_backend: bool = False
     """Run convolutions without cuDNN."""
     debug_mode: Literal["image", "console", "video"] | None = None

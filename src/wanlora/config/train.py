@@ -41,6 +41,8 @@ class ModelConfig(Checked):
     """Maths of the VAE when previews are decoded. Default: float32."""
     vae_cache_cpu: bool = False
     """Keep the VAE's frame cache in system memory while previews are decoded."""
+    vae_tiling: Literal["auto", "on", "off"] = "auto"
+    """Decode previews in tiles, with the same pixels: auto where they do not fit whole into the GPU's memory."""
     t5: ExistingPath | None = None
     """UMT5-XXL encoder; only previews need it."""
     fp8_t5: bool = False

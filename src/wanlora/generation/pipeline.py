@@ -21,6 +21,7 @@ from wanlora.foundation.shapes import LatentShape
 
 Frames = NDArray[np.uint8]
 """Frames, height, width, red green blue."""
+_FRAMES_AT_ONCE = 8
 Progress = Callable[[int, int], None]
 """Called after each step with the steps done and their total."""
 
@@ -79,6 +80,11 @@ def sample_latents(
 def decode_frames(vae: LatentDecoder, latents_CFHW: Tensor) -> Frames:
     """Frames [F, H, W, 3] uint8 of normalised latents. Raises `UserError` if the VAE's pixels are not finite."""
     pixels_BCFHW = vae.decode(rearrange(latents_CFHW, "c f h w -> 1 c f h w"))
+    return np.concatenate([_levels(part) for part in pixels_BCFHW.split(_FRAMES_AT_ONCE, dim=2)])
+
+
+def _levels(pixels_BCFHW: Tensor) -> Frames:
+    """Some frames [1, 3, F, H, W] in [-1, 1] as bytes; not all at once, which takes as much as decoding in tiles."""
     _require_finite(pixels_BCFHW, "decoding by the VAE")
     levels_BCFHW = pixels_BCFHW.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
     return rearrange(levels_BCFHW, "1 c f h w -> f h w c").cpu().contiguous().numpy()

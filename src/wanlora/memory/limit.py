@@ -38,6 +38,8 @@ class CardLimit:
     """The user's own limit."""
     expandable: bool = False
     """The allocator's segments grow, so little is lost to fragments."""
+    adjustable: bool = True
+    """The user has flags for the reserve and the limit."""
 
     @property
     def reserved(self) -> int:
@@ -53,10 +55,12 @@ class CardLimit:
 
     def __str__(self) -> str:
         flags = "" if self.at_most is None else f"--vram_limit {self.at_most / GIB:g}, "
+        reserve = f"{self.reserve / GIB:g}"
+        flags += f"--vram_reserve {reserve}" if self.adjustable else f"{reserve} left free"
         segments = ", expandable segments" if self.expandable else ""
         return (
             f"{self.total / GIB:.1f} GiB on the card, {self.others / GIB:.1f} in use already; this run takes at most "
-            f"{self.reserved / GIB:.1f} ({flags}--vram_reserve {self.reserve / GIB:g}{segments})"
+            f"{self.reserved / GIB:.1f} ({flags}{segments})"
         )
 
 
@@ -70,10 +74,13 @@ def default_reserve() -> float:
     return _RESERVE_WHERE_DRIVERS_SPILL_GIB if driver_spills() else _RESERVE_GIB
 
 
-def limit_card(device: torch.device, *, reserve: float | None, at_most: float | None) -> CardLimit | None:
+def limit_card(
+    device: torch.device, *, reserve: float | None, at_most: float | None, adjustable: bool = True
+) -> CardLimit | None:
     """Hold the allocator below what is free now, less `reserve` GiB, and below `at_most` GiB; None without a card.
 
-    To be called before anything is on the card. Raises `MemoryPlanError` if nothing is left.
+    To be called before anything is on the card. `adjustable` says whether the user has flags for both. Raises
+    `MemoryPlanError` if nothing is left.
     """
     if device.type != "cuda":
         return None
@@ -86,15 +93,31 @@ def limit_card(device: torch.device, *, reserve: float | None, at_most: float | 
         reserve=int((default_reserve() if reserve is None else reserve) * GIB),
         at_most=None if at_most is None else int(at_most * GIB),
         expandable=expandable,
+        adjustable=adjustable,
     )
     if limit.reserved == 0:
         raise MemoryPlanError(
-            f"nothing is left of the card's memory: {limit}. Close what else uses it (nvidia-smi names it), or lower "
-            "--vram_reserve"
+            f"nothing is left of the card's memory: {limit}. Close what else uses it (nvidia-smi names it)"
+            + (", or lower --vram_reserve" if adjustable else "")
         )
     torch.cuda.set_per_process_memory_fraction(min(limit.reserved / total, 1.0), card)
     log.info(str(limit))
     return limit
+
+
+def free_for_tensors(device: torch.device) -> int | None:
+    """Bytes that tensors can be expected to get still, within what `limit_card` has set; None without a card.
+
+    What is lost to fragments depends on the past, so the larger part is assumed.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    reachable = free + torch.cuda.memory_reserved(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    return int(
+        (1 - _FRAGMENTS_IN_FIXED_SEGMENTS) * max(0, min(reachable, allowed) - torch.cuda.memory_allocated(device))
+    )
 
 
 def _expand_segments() -> bool:

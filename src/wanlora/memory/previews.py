@@ -7,11 +7,12 @@ from math import prod
 from wanlora.foundation.shapes import LatentShape, PixelShape
 from wanlora.foundation.tensor_files import TensorSource
 from wanlora.memory.footprint import BlockMaths
+from wanlora.memory.tiling import decoding_ways
 from wanlora.models.wan.umt5_keys import official_name
+from wanlora.models.wan.vae import VAESizes
 
-_DECODED, _DECODED_PICTURE = 4800, 560
-"""Numbers a pixel that the decoder of the released VAE holds at its peak for a clip and for a picture: four frames or
-one of its widest layers at full size, and what it remembers of the chunk before."""
+_MOST_TILES = 16
+"""Where frames may be decoded in tiles, a plan counts on so many: more cost much time."""
 _RELEASED_WEIGHTS = 126.9e6
 _TEXT_WORKSPACE = 300 * 2**20
 
@@ -27,13 +28,16 @@ def text_encoder_bytes(source: TensorSource, *, fp8: bool) -> int:
     return weights + _TEXT_WORKSPACE
 
 
-def decoder_bytes(source: TensorSource, pixels: PixelShape, *, itemsize: int) -> int:
-    """The VAE's weights in a file and what it needs at most to decode a clip, in a format of `itemsize` bytes."""
+def decoder_bytes(source: TensorSource, pixels: PixelShape, *, itemsize: int, tiled: bool = False) -> int:
+    """The VAE's weights in a file and what it needs at most to decode a clip, in a format of `itemsize` bytes.
+
+    `tiled` is whether frames may be decoded in tiles; then it is the least that this takes.
+    """
     weights = sum(prod(source.shape(name)) for name in source.names)
-    area = pixels.width * pixels.height
     width = (weights / _RELEASED_WEIGHTS) ** 0.5  # weights grow with the square of a layer's width
-    work = width * area * (_DECODED if pixels.frames > 1 else _DECODED_PICTURE)
-    return itemsize * round(weights + work + 3 * area * pixels.frames)
+    whole, *others = decoding_ways(pixels, sizes=VAESizes(base=round(width * VAESizes().base)), itemsize=itemsize)
+    tilings = [way for way in others if way.tiling.rows * way.tiling.columns <= _MOST_TILES] if tiled else []
+    return itemsize * weights + min(way.needs for way in [whole, *tilings])
 
 
 def sampling_bytes(maths: BlockMaths, pixels: PixelShape) -> int:

@@ -237,10 +237,13 @@ def drawing_bytes(model: ModelConfig, prepared: Prepared, outlook: Outlook) -> i
     """Bytes that previews take beside what rests on the card; 0 without previews."""
     if not prepared.requests or model.vae is None:
         return 0
-    itemsize = parse_dtype(model.vae_dtype or "float32").itemsize
+    itemsize, tiled = parse_dtype(model.vae_dtype or "float32").itemsize, model.vae_tiling != "off"
     with open_tensors(model.vae) as source:
         return max(
-            max(sampling_bytes(outlook.maths, request.pixels), decoder_bytes(source, request.pixels, itemsize=itemsize))
+            max(
+                sampling_bytes(outlook.maths, request.pixels),
+                decoder_bytes(source, request.pixels, itemsize=itemsize, tiled=tiled),
+            )
             for request in prepared.requests
         )
 

@@ -22,7 +22,7 @@ from wanlora.foundation.log import log
 from wanlora.generation.pipeline import decode_frames, sample_latents
 from wanlora.generation.requests import PreviewRequest
 from wanlora.generation.writing import preview_path, write_frames
-from wanlora.models.wan.vae import WanVAE
+from wanlora.memory.fitting import FittedVAE
 from wanlora.training.build import Trainee
 from wanlora.training.engine import Engine
 from wanlora.training.optimizers import set_mode
@@ -36,7 +36,7 @@ class PreviewMaterials:
     requests: Sequence[PreviewRequest]
     texts: Mapping[str, Tensor]
     """Embedding [T, D] of every prompt and negative prompt, on the CPU."""
-    vae: WanVAE | None
+    vae: FittedVAE | None
     """On the CPU; None if there are no prompts."""
 
 

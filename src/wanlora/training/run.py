@@ -15,6 +15,7 @@ from wanlora.foundation.errors import MemoryPlanError
 from wanlora.foundation.laps import start
 from wanlora.foundation.log import log
 from wanlora.foundation.random import Streams
+from wanlora.memory.fitting import FittedVAE
 from wanlora.memory.limit import CardLimit, limit_card
 from wanlora.memory.marks import marks_for
 from wanlora.memory.measure import MemorySettings, explain_out_of_memory, is_out_of_memory, memory_figures
@@ -170,7 +171,8 @@ class Run:
         dtype = parse_dtype(model.vae_dtype or "float32")
         vae = load_vae(model.vae, device=torch.device("cpu"), dtype=dtype, cache_on_cpu=model.vae_cache_cpu)
         # A seed that the prompt leaves open was drawn by each process for itself; the main process' holds for all.
-        return PreviewMaterials(requests=self.engine.from_main(requests), texts=encoded, vae=vae)
+        fitted = FittedVAE(vae, tiling=model.vae_tiling)
+        return PreviewMaterials(requests=self.engine.from_main(requests), texts=encoded, vae=fitted)
 
     def _guard(self, trainee: Trainee) -> MemoryGuard:
         return MemoryGuard(

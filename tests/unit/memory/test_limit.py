@@ -8,7 +8,7 @@ import torch
 
 from wanlora.foundation.errors import MemoryPlanError
 from wanlora.memory.host import available_host_memory
-from wanlora.memory.limit import CardLimit, default_reserve, driver_spills, limit_card
+from wanlora.memory.limit import CardLimit, default_reserve, driver_spills, free_for_tensors, limit_card
 from wanlora.memory.measure import GIB
 
 
@@ -80,6 +80,27 @@ def test_the_allocator_is_held_below_what_is_free(name: str, card: int, monkeypa
     limit = limit_card(torch.device(name), reserve=1.0, at_most=None)
     assert limit is not None and limit.others == 2 * GIB and limit.expandable
     assert driver.fractions == [(21 / 24, card)] and driver.settings == ["expandable_segments:True"]
+
+
+def test_flags_that_a_command_lacks_are_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    Driver(monkeypatch, free=20 * GIB)
+    limit = limit_card(torch.device("cuda"), reserve=None, at_most=None, adjustable=False)
+    assert str(limit).endswith("this run takes at most 20.5 (0.5 left free, expandable segments)")
+    Driver(monkeypatch, free=-GIB)
+    with pytest.raises(MemoryPlanError) as error:
+        limit_card(torch.device("cuda"), reserve=None, at_most=None, adjustable=False)
+    assert "--vram" not in str(error.value)
+
+
+@pytest.mark.parametrize(("fraction", "reachable"), [(1.0, 6.0), (0.25, 5.0)])
+def test_tensors_get_what_is_free_and_allowed(
+    fraction: float, reachable: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Driver(monkeypatch, free=6 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda card: GIB)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda card: fraction)
+    assert free_for_tensors(torch.device("cuda:0")) == int(0.94 * reachable * GIB)
+    assert free_for_tensors(torch.device("cpu")) is None
 
 
 def test_an_allocator_that_the_user_has_set_up_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,10 @@
 """What previews are foretold to take, against what the decoder is counted to hold."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from tests.held import Held
 from tests.tiny import TinyWan
 from wanlora.foundation.shapes import LatentShape, PixelShape
 from wanlora.foundation.tensor_files import TensorSource, open_tensors
@@ -17,25 +13,6 @@ from wanlora.memory.previews import decoder_bytes, sampling_bytes, text_encoder_
 from wanlora.models.wan.spec import TASKS
 from wanlora.models.wan.umt5 import load_umt5
 from wanlora.models.wan.vae import WanVAE
-
-
-class _Held(TorchDispatchMode):
-    """Counts the bytes that tensors hold at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self._alive.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
-        return out
 
 
 class _Header(TensorSource):
@@ -65,10 +42,19 @@ def test_decoding_holds_about_what_is_foretold(pixels: PixelShape) -> None:
         latent = LatentShape.of(pixels)
         latents = torch.empty(1, 16, latent.frames, latent.height, latent.width)
     weights = sum(parameter.numel() for parameter in vae.parameters())
-    with _Held() as held:
+    with Held() as held:
         vae.decode(latents)
     foretold = decoder_bytes(_Header(vae), pixels, itemsize=4)
-    assert foretold == pytest.approx(held.peak + 4 * weights, rel=0.3)
+    assert foretold == pytest.approx(held.most + 4 * weights, rel=0.3)
+
+
+def test_frames_that_may_be_cut_are_foretold_to_take_a_few_tiles() -> None:
+    pixels = PixelShape(832, 480, 81)
+    with torch.device("meta"):
+        header = _Header(WanVAE())
+    weights = 4 * sum(torch.Size(shape).numel() for shape in header.shapes.values())
+    whole, tiled = (decoder_bytes(header, pixels, itemsize=4, tiled=tiled) - weights for tiled in (False, True))
+    assert 0.1 * whole < tiled < 0.2 * whole
 
 
 @pytest.mark.parametrize("fp8", [True, False])

@@ -1,17 +1,13 @@
 """The Wan 2.1 autoencoder: sizes, chunks, batches, causality."""
 
 import json
-import weakref
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from tests.held import Held
 from wanlora.foundation.errors import DataError
 from wanlora.models.wan import vae_layers
 from wanlora.models.wan.vae import VAE_MEAN, VAE_STD, VAESizes, WanVAE
@@ -148,36 +144,9 @@ def test_without_gradients_the_result_is_that_of_the_plain_layers(
 def test_a_chunk_is_as_large_as_memory_allows_and_no_larger_than_useful() -> None:
     with torch.device("meta"):
         vae = WanVAE().bfloat16()
-    assert [vae._chunk_of(width * height) for width, height in ((384, 208), (832, 480), (1280, 720))] == [2, 2, 1]
-    assert vae.float()._chunk_of(832 * 480) == 1
-    assert vae._chunk_of(4 * 1280 * 720) == 1
-
-
-class Held(TorchDispatchMode):
-    """Counts the bytes that tensors hold; on the meta device, where they take none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._users: Counter[int] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                self.now += size * (key not in self._users)
-                self.most = max(self.most, self.now)
-                self._users[key] += 1
-                weakref.finalize(tensor, self._drop, key, size)
-        return result
-
-    def _drop(self, key: int, size: int) -> None:
-        self._users[key] -= 1
-        if not self._users[key]:
-            del self._users[key]
-            self.now -= size
+    assert [vae.usual_chunk(width * height) for width, height in ((384, 208), (832, 480), (1280, 720))] == [2, 2, 1]
+    assert vae.float().usual_chunk(832 * 480) == 1
+    assert vae.usual_chunk(4 * 1280 * 720) == 1
 
 
 @pytest.mark.parametrize(

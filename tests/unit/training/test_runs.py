@@ -217,6 +217,19 @@ def test_blocks_that_are_kept_as_a_card_has_room_change_no_number(
     assert {row["memory/peak_gib"] for row in rows(training_folder, "style")} == {100 / 1024}
 
 
+def test_previews_are_decoded_in_tiles_if_asked(
+    training_folder: TrainingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wanlora.memory.tiling._NARROWEST", 2)
+    models, prompts = training_folder.models, training_folder.folder / "prompts.txt"
+    prompts.write_text("a shape --w 48 --h 32 --f 5 --s 1 --l 1")
+    flags = ("--vae", str(models.vae), "--t5", str(models.t5), "--sample_prompts", str(prompts), "--sample_at_first")
+    tiles = ("--max_train_steps", "1", "--vae_tiling", "on")
+    text = training_folder.train(training_folder.arguments("style", *flags, *tiles))
+    assert "48x32x5 is decoded in 2 tiles (2x1) of 24x32 and what lies around them (--vae_tiling on)" in text
+    assert len(list((training_folder.output / "sample").glob("style_*.mp4"))) == 1
+
+
 def test_what_was_foretold_is_compared_with_the_run(
     training_folder: TrainingFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,8 @@
 
 Pixels in [-1, 1] become latents with 16 channels, an eighth of the height and width and a quarter of the frames after
 the first. Latents are the mean of the encoder's distribution, brought to zero mean and unit variance with published
-constants per channel. Clips pass in chunks (see `vae_layers`), so memory does not grow with their length.
+constants per channel. Clips pass in chunks (see `vae_layers`), so memory does not grow with their length; frames pass
+whole or, where memory demands it, in tiles (see `vae_tiles`), which give the same.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,9 +18,10 @@ from wanlora.foundation.errors import CheckpointError, DataError
 from wanlora.foundation.shapes import WAN21_STRIDE, LatentShape, PixelShape, floor_to_latent_frames
 from wanlora.foundation.tensor_files import TensorSource, open_tensors
 from wanlora.models.wan.recognise import describe, file_kind
-from wanlora.models.wan.vae_coders import Decoder, Encoder
+from wanlora.models.wan.vae_coders import DECODER_MARGINS, LEVELS, Decoder, Encoder
 from wanlora.models.wan.vae_keys import diffusers_name
 from wanlora.models.wan.vae_layers import ChunkCache
+from wanlora.models.wan.vae_tiles import ENCODER_MARGINS, WHOLE, Tiling, Window
 from wanlora.models.wan.weights import fill, require_names, require_shapes
 
 # fmt: off
@@ -78,57 +80,91 @@ class WanVAE(nn.Module):
         return self.conv1.weight.dtype
 
     @torch.no_grad()
-    def encode(self, pixels_BCFHW: Tensor, *, chunk: int | None = None) -> Tensor:
+    def encode(self, pixels_BCFHW: Tensor, *, chunk: int | None = None, tiling: Tiling = WHOLE) -> Tensor:
         """Normalised mean latents [B, z, F, H, W] of clips [B, 3, frames, height, width].
 
         The clips are bytes, or numbers in [-1, 1] of any format. They may lie on another device: each chunk is moved
         when its turn comes. `chunk` is the number of latent frames computed at a time after the first; as many as
-        `_AT_ONCE` allows if it is None. Raises `DataError` unless there are 4k + 1 frames and height and width are
-        multiples of 8.
+        `_AT_ONCE` allows if it is None, and one in tiles. Raises `DataError` unless there are 4k + 1 frames and height
+        and width are multiples of 8.
         """
         latent = _latent_shape(pixels_BCFHW)
         clips, _, _, height, width = pixels_BCFHW.shape
-        shape = (clips, self.sizes.z, latent.frames, latent.height, latent.width)
-        latents_BCFHW = torch.empty(shape, device=self.device, dtype=self.dtype)
+        chunk = chunk or (self.usual_chunk(clips * height * width) if tiling.is_whole else 1)
+        shrunk = None if tiling.is_whole else self._shrink(pixels_BCFHW, latent, chunk, tiling)
+        latents_BCFHW = self._empty(clips, self.sizes.z, latent)
         mean, std = self._mean, self._std
-        for part, cache in self._chunks(latent.frames, chunk or self._chunk_of(clips * height * width)):
-            x = self._numbers(pixels_BCFHW[:, :, _pixel_frames(part)])
-            found, _ = self.conv1(self.encoder(x, cache)).chunk(2, dim=1)
+        for part, cache in self._chunks(latent.frames, chunk, frugal=not tiling.is_whole):
+            if shrunk is None:
+                found = self.encoder(self._numbers(pixels_BCFHW[:, :, _pixel_frames(part)]), cache)
+            else:
+                found = self.encoder.conclude(shrunk[:, :, part], cache)
+            found, _ = self.conv1(found).chunk(2, dim=1)
             latents_BCFHW[:, :, part] = (found.float() - mean) / std
         return latents_BCFHW
 
-    def _numbers(self, pixels_BCFHW: Tensor) -> Tensor:
-        """Pixels where and as the encoder reads them."""
+    def _shrink(self, pixels_BCFHW: Tensor, latent: LatentShape, chunk: int, tiling: Tiling) -> Tensor:
+        """What the encoder's wide part makes of the clips, tile by tile: [B, 4 base, F, H, W]."""
+        shrunk_BCFHW = self._empty(len(pixels_BCFHW), LEVELS[-1] * self.sizes.base, latent)
+        for tile in tiling.tiles(latent.height, latent.width, ENCODER_MARGINS):
+            for part, cache in self._chunks(latent.frames, chunk):
+                x = self._numbers(pixels_BCFHW[:, :, _pixel_frames(part)], tile.outer)
+                found = self.encoder.shrink(x, cache)
+                tile.inner.of(shrunk_BCFHW[:, :, part]).copy_(tile.cut(found))
+        return shrunk_BCFHW
+
+    def _numbers(self, pixels_BCFHW: Tensor, window: Window | None = None) -> Tensor:
+        """Pixels, or those in a window of latent cells, where and as the encoder reads them."""
         pixels_BCFHW = pixels_BCFHW.to(self.device, non_blocking=pixels_BCFHW.is_pinned())
+        if window is not None:
+            pixels_BCFHW = window.of(pixels_BCFHW, WAN21_STRIDE.space)
         if pixels_BCFHW.dtype == torch.uint8:
             pixels_BCFHW = pixels_BCFHW.float().div_(127.5).sub_(1)
         return pixels_BCFHW.to(self.dtype)
 
-    def _chunk_of(self, frame: int) -> int:
+    def usual_chunk(self, frame: int) -> int:
         """How many latent frames are encoded at once if one frame of all clips has so many pixels."""
         latent_frame = WAN21_STRIDE.time * frame * self.sizes.base * self.dtype.itemsize
         return max(1, min(_LARGEST_CHUNK, _AT_ONCE // latent_frame))
 
     @torch.no_grad()
-    def decode(self, latents_BCFHW: Tensor, *, chunk: int = 1) -> Tensor:
+    def decode(self, latents_BCFHW: Tensor, *, chunk: int = 1, tiling: Tiling = WHOLE) -> Tensor:
         """Pixels [B, 3, frames, height, width] in [-1, 1] of normalised latents [B, z, F, H, W]."""
-        return self.decode_unclamped(latents_BCFHW, chunk=chunk).clamp_(-1, 1)
+        return self.decode_unclamped(latents_BCFHW, chunk=chunk, tiling=tiling).clamp_(-1, 1)
 
     @torch.no_grad()
-    def decode_unclamped(self, latents_BCFHW: Tensor, *, chunk: int = 1) -> Tensor:
+    def decode_unclamped(self, latents_BCFHW: Tensor, *, chunk: int = 1, tiling: Tiling = WHOLE) -> Tensor:
         """As `decode`, with what the network puts outside [-1, 1]."""
         latent = LatentShape(*latents_BCFHW.shape[2:])
         pixels = latent.pixels(WAN21_STRIDE)
         shape = (len(latents_BCFHW), 3, pixels.frames, pixels.height, pixels.width)
         pixels_BCFHW = torch.empty(shape, device=self.device, dtype=self.dtype)
-        for part, cache in self._chunks(latent.frames, chunk):
-            z = latents_BCFHW[:, :, part].to(self.device).float() * self._std + self._mean
-            pixels_BCFHW[:, :, _pixel_frames(part)] = self.decoder(self.conv2(z.to(self.dtype)), cache)
+        if tiling.is_whole:
+            for part, cache in self._chunks(latent.frames, chunk):
+                pixels_BCFHW[:, :, _pixel_frames(part)] = self.decoder(self._raw(latents_BCFHW[:, :, part]), cache)
+            return pixels_BCFHW
+        begun_BCFHW = self._empty(len(latents_BCFHW), LEVELS[-1] * self.sizes.base, latent)
+        for part, cache in self._chunks(latent.frames, chunk, frugal=True):
+            begun_BCFHW[:, :, part] = self.decoder.begin(self._raw(latents_BCFHW[:, :, part]), cache)
+        for tile in tiling.tiles(latent.height, latent.width, (DECODER_MARGINS[0], DECODER_MARGINS[0])):
+            for part, cache in self._chunks(latent.frames, chunk):
+                found = self.decoder.grow(tile.outer.of(begun_BCFHW[:, :, part]), cache, tile.margins)
+                tile.inner.of(pixels_BCFHW[:, :, _pixel_frames(part)], WAN21_STRIDE.space).copy_(found)
         return pixels_BCFHW
 
-    def _chunks(self, num_latents: int, chunk: int) -> Iterator[tuple[slice, ChunkCache]]:
+    def _raw(self, latents_BCFHW: Tensor) -> Tensor:
+        """Latents as the decoder reads them."""
+        z = latents_BCFHW.to(self.device).float() * self._std + self._mean
+        raw: Tensor = self.conv2(z.to(self.dtype))
+        return raw
+
+    def _empty(self, clips: int, channels: int, latent: LatentShape) -> Tensor:
+        shape = (clips, channels, latent.frames, latent.height, latent.width)
+        return torch.empty(shape, device=self.device, dtype=self.dtype)
+
+    def _chunks(self, num_latents: int, chunk: int, *, frugal: bool = False) -> Iterator[tuple[slice, ChunkCache]]:
         """The first latent alone, then `chunk` at a time, with the cache made ready for each."""
-        cache = ChunkCache(on_cpu=self.cache_on_cpu)
+        cache = ChunkCache(on_cpu=self.cache_on_cpu, frugal=frugal)
         start = 0
         while start < num_latents:
             stop = min(start + chunk, num_latents) if start else 1

@@ -16,7 +16,8 @@ their result beside the past that the next convolution reads (`Stage`). With gra
 the reference. Source: wan/modules/vae.py of github.com/Wan-Video/Wan2.1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from math import sqrt
 
 import torch
@@ -26,13 +27,18 @@ from torch import Tensor, nn
 
 from wanlora.models.wan.vae_kernels import activate_rows
 
+_SCORES = 2**24
+"""Attention scores that are held at once where memory counts."""
+
 
 class ChunkCache:
     """What the layers remember of one clip between its chunks."""
 
-    def __init__(self, *, on_cpu: bool = False) -> None:
+    def __init__(self, *, on_cpu: bool = False, frugal: bool = False) -> None:
         self.first = True
         """Whether the chunk at hand is the clip's first."""
+        self.frugal = frugal
+        """Whether memory counts more than time."""
         self._last = False
         self._on_cpu = on_cpu
         self._kept: dict[nn.Module, Tensor] = {}
@@ -56,13 +62,18 @@ class CausalLayer(nn.Module):
     """A layer whose `forward` takes the cache as its second argument."""
 
 
+def in_turn(layers: Iterable[nn.Module], x: Tensor, cache: ChunkCache) -> Tensor:
+    """`x` through `layers`, one after the other; the cache goes to those that use one. What is used up is let go."""
+    for layer in layers:
+        x = layer(x, cache) if isinstance(layer, CausalLayer) else layer(x)
+    return x
+
+
 class Chain(nn.Sequential, CausalLayer):
-    """Layers in a row; the cache goes to those that use one."""
+    """Layers in a row."""
 
     def forward(self, x: Tensor, cache: ChunkCache) -> Tensor:  # type: ignore[override]
-        for layer in self:
-            x = layer(x, cache) if isinstance(layer, CausalLayer) else layer(x)
-        return x
+        return in_turn(self, x, cache)
 
 
 class CausalConv3d(nn.Conv3d, CausalLayer):
@@ -186,10 +197,11 @@ class ResidualBlock(CausalLayer):
         return second.finish(beside)
 
 
-class FrameAttention(nn.Module):
+class FrameAttention(CausalLayer):
     """One attention head over all positions of a frame; frames do not see each other.
 
-    The head is wider than flash kernels allow, so scores may be held in full: one frame at a time bounds them.
+    The head is wider than flash kernels allow, so scores may be held in full: one frame at a time bounds them, and some
+    of its queries at a time where memory counts more than time.
     """
 
     def __init__(self, channels: int) -> None:
@@ -198,13 +210,15 @@ class FrameAttention(nn.Module):
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + _frame_by_frame(self._attend, x)
+    def forward(self, x: Tensor, cache: ChunkCache) -> Tensor:
+        positions = x.shape[3] * x.shape[4]
+        at_once = max(1, _SCORES // positions) if cache.frugal else positions
+        return x + _frame_by_frame(partial(self._attend, at_once=at_once), x)
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, at_once: int) -> Tensor:
         q, k, v = rearrange(self.to_qkv(self.norm(x)), "f (part c) h w -> part f 1 (h w) c", part=3)
         frames = zip(q.split(1), k.split(1), v.split(1), strict=True)
-        out = torch.cat([F.scaled_dot_product_attention(*frame) for frame in frames])
+        out = torch.cat([_attention(*frame, at_once) for frame in frames])
         attended: Tensor = self.proj(rearrange(out, "f 1 (h w) c -> f c h w", h=x.shape[2]))
         return attended
 
@@ -246,6 +260,12 @@ class Upsample(CausalLayer):
         if self.time_conv is not None and not cache.first:
             x = rearrange(self.time_conv(x, cache), "b (t c) f h w -> b c (f t) h w", t=2)
         return _frame_by_frame(self.resample, x)
+
+
+def _attention(q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor, at_once: int) -> Tensor:
+    """Attention with so many queries at once."""
+    parts = [F.scaled_dot_product_attention(part, k_BNLK, v_BNLK) for part in q_BNLK.split(at_once, dim=2)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _format_of(x: Tensor) -> torch.memory_format:
