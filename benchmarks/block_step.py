@@ -157,16 +157,20 @@ def measure(block: WanBlock, arguments: tuple[Tensor, ...], bucket: str, repeats
     grad_BLD = torch.randn_like(x_BLD)
     recompute = Recompute([block])
 
-    def kept() -> None:
+    def forget() -> None:
         block.zero_grad()
+        x_BLD.grad = None  # it would be added to, which no step does
+
+    def kept() -> None:
+        forget()
         block(*arguments).backward(grad_BLD)
 
     def attention_kept() -> None:
-        block.zero_grad()
+        forget()
         block(*arguments, save="attention").backward(grad_BLD)
 
     def recomputed() -> None:
-        block.zero_grad()
+        forget()
         recompute(block, *arguments).backward(grad_BLD)
 
     kept_ms = milliseconds(kept, x_BLD.device, repeats)

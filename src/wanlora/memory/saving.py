@@ -25,6 +25,13 @@ from torch.utils.checkpoint import CheckpointPolicy
 Save = Literal["everything", "products", "attention"]
 
 _ATTENTION = re.compile(r"attention|flash|fmha")
+_READS = 5
+"""A result that is used again is computed again if that takes so many reads at most; torch's own number is 4.
+
+A gradient that comes back through the rotary embedding and a norm's weight takes five: both elements of a pair, cosine,
+sine, weight. Stored between the two passes over its row it would be a write of 4 bytes for each element of queries and
+keys, and their reads come from the cache.
+"""
 _RANDOM = re.compile(r"rand|dropout|bernoulli|philox|seed")
 
 
@@ -36,7 +43,7 @@ def saving_backend(save: Save, mode: str | None) -> Callable[..., Any]:
         from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
 
-        options = list_mode_options(mode) if mode else {}
+        options = {"realize_reads_threshold": _READS, **(list_mode_options(mode) if mode else {})}
         if save == "everything":
             return compile_fx(graph, inputs, config_patches=options)
         options = {**options, "joint_custom_post_pass": _marking_pass(save)}

@@ -81,6 +81,18 @@ def test_rope_splits_a_head_of_128_into_44_42_42_and_turns_pairs() -> None:
     torch.testing.assert_close(apply_rope(x, table).double(), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_the_formula_of_compiled_blocks_turns_as_complex_numbers_do_and_so_does_its_gradient() -> None:
+    table = rope_table(LatentShape(frames=3, height=4, width=6), 32, CPU)
+    x = torch.randn(2, table.shape[1], 3, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    compiled = torch.compile(apply_rope, backend="aot_eager", fullgraph=True)
+    turned, expected = compiled(x, table), apply_rope(x, table)
+    torch.testing.assert_close(turned, expected, rtol=0, atol=1e-6)
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    found, exact = (torch.autograd.grad(out, x, weights)[0] for out in (turned, expected))
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-6)
+
+
 def test_rope_tables_are_kept_for_the_latest_sizes_only() -> None:
     tables = RopeTables(32, limit=2)
     sizes = [LatentShape(frames, 4, 4) for frames in (1, 2, 3)]

@@ -40,16 +40,17 @@ def rope_table(latent: LatentShape, head_dim: int, device: torch.device) -> Tens
 
 
 def apply_rope(x_BLNK: Tensor, rope_2Lk: Tensor) -> Tensor:
-    """Turn each pair of elements by its angle, in float32.
+    """Turn each pair of elements by its angle, in float32. `rope_2Lk` is one of `rope_table`.
 
     A pair is a complex number and a turn a product: one operation, and its gradient another. A compiler knows no
-    complex numbers, but makes one operation of the formula by itself. `rope_2Lk` is one of `rope_table`.
+    complex numbers, but makes one operation of a formula. The one here reads each element where it is and beside
+    it. A stack of first and second elements would have it compute both for every element and mask one: twice the reads.
     """
     pairs = x_BLNK.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
-        cos_L1k, sin_L1k = rope_2Lk.unsqueeze(-2)
-        first, second = pairs.unbind(-1)
-        turned = torch.stack((first * cos_L1k - second * sin_L1k, first * sin_L1k + second * cos_L1k), dim=-1)
+        cos_L1k1, sin_L1k1 = rope_2Lk.unsqueeze(-2).unsqueeze(-1)
+        signs = 2 * torch.arange(2, device=x_BLNK.device) - 1
+        turned = pairs * cos_L1k1 + pairs.flip(-1) * (signs * sin_L1k1)
     else:
         turns_L1k = torch.view_as_complex(rope_2Lk.movedim(0, -1)).unsqueeze(-2)
         turned = torch.view_as_real(torch.view_as_complex(pairs) * turns_L1k)
