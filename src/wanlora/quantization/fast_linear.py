@@ -14,12 +14,18 @@ and for as long as it is used: one pass over a byte per weight, about 10 ms of a
 that has `across`, the same numbers transposed, reads those instead; they take as much memory as the weight
 (`transposed.py`).
 
+Layers of one input (queries, keys and values) have one gradient between them, the sum of theirs. It is one product:
+gradients side by side times transposed weights one below the other, with one scale for a token's whole row; what is
+small beside the rest may be rounded as coarsely as the rest. Two results less are written and read again, 8 bytes for
+each token and element of the width. Layers that have `across` multiply one by one: what lies apart would be copied.
+
 Nothing is saved but the weight, or `across` in its place, and the scales, which backward reads where they are by then
 (see `linear.py`). With `kernel` None a layer computes as `Fp8Linear` does, on the same weight.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -27,7 +33,7 @@ from torch import Tensor, nn
 
 from wanlora.quantization.blockwise import quantize_blockwise
 from wanlora.quantization.linear import Fp8Linear
-from wanlora.quantization.scaled_matmul import Kernel, choose_kernel, fits, quantize_rows, scaled_matmul
+from wanlora.quantization.scaled_matmul import Kernel, choose_kernel, fits, quantize_parts, quantize_rows, scaled_matmul
 
 
 def output(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kernel: Kernel) -> Tensor:
@@ -39,15 +45,17 @@ def output(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kernel
 
 def input_gradient(grad: Tensor, weight: Tensor, scale: Tensor, kernel: Kernel) -> Tensor:
     """The gradient of x [..., in] from that of the output [..., out]."""
-    return _gradient_across(grad, weight.t().contiguous(), scale, kernel)
+    return _gradient_across((grad,), (scale,), weight.t().contiguous(), kernel)
 
 
-def _gradient_across(grad: Tensor, across: Tensor, scale: Tensor, kernel: Kernel) -> Tensor:
-    """`input_gradient` for a weight that lies transposed, [in, out]."""
-    grad8, scale_grad = quantize_rows(grad.flatten(0, -2).float() * scale.flatten())
-    ones = torch.ones(across.shape[0], device=grad.device)
-    out = scaled_matmul(grad8, scale_grad, across, ones, None, dtype=grad.dtype, kernel=kernel)
-    return out.unflatten(0, grad.shape[:-1])
+def _gradient_across(grads: Sequence[Tensor], scales: Sequence[Tensor], across: Tensor, kernel: Kernel) -> Tensor:
+    """The gradient of an input that layers share; their weights lie transposed and side by side, [in, sum of out]."""
+    scaled = [grad.flatten(0, -2).float() * scale.flatten() for grad, scale in zip(grads, scales, strict=True)]
+    parts, scale_grad = quantize_parts(scaled)
+    grad8 = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    ones = torch.ones(across.shape[0], device=across.device)
+    out = scaled_matmul(grad8, scale_grad, across, ones, None, dtype=grads[0].dtype, kernel=kernel)
+    return out.unflatten(0, grads[0].shape[:-1])
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -59,13 +67,33 @@ class _ScaledLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight if across is None else across, scale)
         ctx.kernel = kernel
-        ctx.gradient = input_gradient if across is None else _gradient_across
+        ctx.transposed = across is not None
         return output(x, weight, scale, bias, kernel)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         weight, scale = ctx.saved_tensors
-        return ctx.gradient(grad, weight, scale, ctx.kernel), None, None, None, None, None
+        across = weight if ctx.transposed else weight.t().contiguous()
+        return _gradient_across((grad,), (scale,), across, ctx.kernel), None, None, None, None, None
+
+
+class _ScaledLinears(torch.autograd.Function):
+    """`_ScaledLinear` of several layers for one input. `tensors`: all weights, then all scales, then all biases."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Kernel, *tensors: Any) -> tuple[Tensor, ...]:
+        number = len(tensors) // 3
+        weights, scales, biases = tensors[:number], tensors[number:-number], tensors[-number:]
+        ctx.save_for_backward(*weights, *scales)
+        ctx.kernel = kernel
+        return tuple(output(x, *layer, kernel) for layer in zip(weights, scales, biases, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        number = len(grads)
+        weights, scales = ctx.saved_tensors[:number], ctx.saved_tensors[number:]
+        across = torch.cat([weight.t() for weight in weights], dim=1)
+        return _gradient_across(grads, scales, across, ctx.kernel), *[None] * (1 + 3 * number)
 
 
 class FastFp8Linear(Fp8Linear):
@@ -112,6 +140,17 @@ class FastFp8Linear(Fp8Linear):
             return super().forward(x)
         out: Tensor = _ScaledLinear.apply(x, self.weight, self.scale, self.bias, self.across, self.kernel)
         return out
+
+    @staticmethod
+    def together(x: Tensor, layers: "Sequence[FastFp8Linear]") -> tuple[Tensor, ...]:
+        """Several layers of one input (see `project`): if it gets a gradient, that is one product for all of them."""
+        kernel = layers[0].kernel
+        alike = all(layer.kernel == kernel and layer.across is None for layer in layers)
+        if kernel is None or not alike or not (torch.is_grad_enabled() and x.requires_grad):
+            return tuple(layer(x) for layer in layers)
+        tensors = zip(*((layer.weight, layer.scale, layer.bias) for layer in layers), strict=True)
+        outs: tuple[Tensor, ...] = _ScaledLinears.apply(x, kernel, *chain.from_iterable(tensors))
+        return outs
 
     def transpose(self) -> None:
         """Let backward read the weight transposed from now on, in as much memory again."""

@@ -15,7 +15,8 @@ matrix only (PyTorch on Windows, for one), so it multiplies unscaled and a pass 
 same rounded numbers multiplied in float32, for processors without such units.
 """
 
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, reduce
 from typing import Literal
 
 import torch
@@ -34,9 +35,16 @@ def quantize_rows(x_LK: Tensor) -> tuple[Tensor, Tensor]:
     inside compiled graphs, where the search and the rounding join the operation that made `x_LK`. Its numbers are
     written out, because a graph takes named ones for inputs that may change.
     """
-    wide = x_LK.float()
-    amax_L1 = wide.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
-    return (wide * (448.0 / amax_L1)).to(torch.float8_e4m3fn), amax_L1 * (1 / 448.0)
+    (x8_LK,), scale_L1 = quantize_parts((x_LK,))
+    return x8_LK, scale_L1
+
+
+def quantize_parts(parts: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """`quantize_rows` for a matrix that comes in parts, [L, K_i] each, which have the scale of their row in common."""
+    wide = [part.float() for part in parts]
+    largest = [part.abs().amax(dim=1, keepdim=True) for part in wide]
+    amax_L1 = reduce(torch.maximum, largest).clamp(min=1e-30)
+    return [(part * (448.0 / amax_L1)).to(torch.float8_e4m3fn) for part in wide], amax_L1 * (1 / 448.0)
 
 
 def scaled_matmul(

@@ -12,7 +12,7 @@ from wanlora.memory import compile as compiling
 from wanlora.memory.checkpointing import Kept, Recompute
 from wanlora.memory.compile import chooses_what_to_save, compile_blocks
 from wanlora.memory.offload import InputOffload
-from wanlora.memory.saving import Save
+from wanlora.memory.saving import Save, saving_backend
 from wanlora.memory.streaming import BlockStream
 from wanlora.memory.transfers import transfers_for
 
@@ -85,6 +85,25 @@ def test_a_view_of_a_streamed_weight_is_not_saved_without_a_word(
                 runner(block, x)
         else:
             assert runner(block, x).requires_grad
+
+
+@pytest.mark.parametrize("save", ["products", "attention", "everything"])
+def test_gradients_behind_a_rotation_are_computed_twice_and_a_mode_keeps_its_options(
+    save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed: list[dict[str, object]] = []
+
+    def compile_fx(graph: object, inputs: object, config_patches: dict[str, object]) -> None:
+        handed.append(config_patches)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    for mode in (None, "max-autotune-no-cudagraphs"):
+        saving_backend(save, mode)(torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), [])
+    reads = 2 + 2 + 1  # both elements of a pair, cosine and sine, weight of the norm
+    assert all(options["realize_reads_threshold"] == reads for options in handed)
+    assert ["max_autotune" in options for options in handed] == [False, True]
+    with torch._inductor.config.patch(handed[0]):
+        assert torch._inductor.config.realize_reads_threshold == reads
 
 
 def test_other_compilers_take_no_wishes(asked: list[Save]) -> None:

@@ -1,5 +1,7 @@
 """The linear that multiplies in fp8: near the plain one, forward and backward, and keeping nothing wide."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,8 +11,10 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from tests.unit.quantization.test_fp8_linear import forward_and_gradient, recorded_saves
 from wanlora.memory.compile import compile_blocks
+from wanlora.models.wan.layers import project
 from wanlora.quantization.fast_linear import FastFp8Linear, fast_layers, wide_maths
 from wanlora.quantization.linear import Fp8Linear
+from wanlora.quantization.scaled_matmul import scaled_matmul
 from wanlora.quantization.transposed import TransposedWeights
 
 
@@ -92,6 +96,84 @@ def test_it_compiles_into_one_graph_for_any_number_of_tokens_that_keeps_weights_
         weights = [tensor for tensor in kept if tensor.shape in {(96, 128), (128, 96)}]
         own = {parameter.data_ptr() for parameter in network.parameters()}
         assert len(weights) == 2 and {tensor.data_ptr() for tensor in weights} <= own
+
+
+def make_shared() -> list[FastFp8Linear]:
+    """Three layers for one input whose gradients have very different sizes, the last without a bias."""
+    layers = [make_linear(num_out=num_out) for num_out in (96, 64, 32)]
+    for layer, factor in zip(layers, (1.0, 0.1, 0.01), strict=True):
+        layer.scale *= factor
+    layers[-1].bias = None
+    return layers
+
+
+def outputs_and_gradient(layers: list[FastFp8Linear], x: Tensor) -> tuple[list[Tensor], Tensor]:
+    x = x.clone().requires_grad_()
+    outs = project(x, layers)
+    total = torch.stack([out.square().sum() for out in outs]).sum()
+    return [out.detach() for out in outs], torch.autograd.grad(total, x)[0]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager_decomp_partition"])
+def test_layers_of_one_input_give_it_one_gradient_that_is_as_near_as_the_sum_of_theirs(backend: str) -> None:
+    layers, x = make_shared(), torch.randn(2, 37, 128)
+    torch._dynamo.reset()
+    together = torch.compile(lambda x: project(x, layers), backend=backend, fullgraph=True, dynamic=True)
+    with wide_maths(layers):
+        plain, exact = outputs_and_gradient(layers, x)
+    alone = [layer(x) for layer in layers]
+    x.requires_grad_()
+    found = together(x)
+    torch.testing.assert_close(list(found), alone)
+    (grad,) = torch.autograd.grad(found, x, [2 * out.detach() for out in found])
+    assert all(0 < relative(ours.detach(), wide) < 0.045 for ours, wide in zip(found, plain, strict=True))
+    assert grad.shape == x.shape and 0 < relative(grad, exact) < 0.045
+
+
+def test_the_gradient_that_layers_share_is_one_product_and_keeps_nothing_but_their_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layers, x = make_shared(), torch.randn(5, 128)
+    expected = outputs_and_gradient(layers, x)[1]
+    shapes: list[tuple[int, ...]] = []
+
+    def counted(*args: Any, **options: Any) -> Tensor:
+        shapes.append(tuple(args[2].shape))
+        return scaled_matmul(*args, **options)
+
+    monkeypatch.setattr("wanlora.quantization.fast_linear.scaled_matmul", counted)
+    x.requires_grad_()
+    with recorded_saves() as kept:
+        outs = project(x, layers)
+    assert shapes == [(96, 128), (64, 128), (32, 128)]
+    held = {tensor.data_ptr() for tensor in kept}
+    assert held == {tensor.data_ptr() for layer in layers for tensor in (layer.weight, layer.scale)}
+    for layer in layers:
+        layer.weight.data, old = layer.weight.data.clone(), layer.weight.data
+        old.view(torch.uint8).zero_()
+    torch.stack([out.square().sum() for out in outs]).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, expected)
+    assert shapes[3:] == [(128, 96 + 64 + 32)]
+
+
+def test_layers_of_one_input_are_asked_one_by_one_where_a_product_of_them_all_would_gain_nothing() -> None:
+    layers = make_shared()
+    asked: list[FastFp8Linear] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, args, out: asked.append(module))
+    x = torch.randn(5, 128, requires_grad=True)
+    project(x, layers)
+    assert asked == []
+    with torch.no_grad():
+        project(x, layers)
+    project(x.detach(), layers)
+    with wide_maths(layers):
+        project(x, layers)
+    with wide_maths(layers[1:2]):
+        project(x, layers)
+    layers[2].transpose()
+    project(x, layers)
+    assert asked == 5 * layers
 
 
 def make_blocks(number: int) -> list[nn.Sequential]:
