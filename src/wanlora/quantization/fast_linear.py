@@ -17,7 +17,7 @@ that has `across`, the same numbers transposed, reads those instead; they take a
 Layers of one input (queries, keys and values) have one gradient between them, the sum of theirs. It is one product:
 gradients side by side times transposed weights one below the other, with one scale for a token's whole row; what is
 small beside the rest may be rounded as coarsely as the rest. Two results less are written and read again, 8 bytes for
-each token and element of the width. Layers that have `across` multiply one by one: what lies apart would be copied.
+each token and element of the width. Weights that are kept transposed are laid side by side each time, too.
 
 Nothing is saved but the weight, or `across` in its place, and the scales, which backward reads where they are by then
 (see `linear.py`). With `kernel` None a layer computes as `Fp8Linear` does, on the same weight.
@@ -78,22 +78,23 @@ class _ScaledLinear(torch.autograd.Function):
 
 
 class _ScaledLinears(torch.autograd.Function):
-    """`_ScaledLinear` of several layers for one input. `tensors`: all weights, then all scales, then all biases."""
+    """`_ScaledLinear` of several layers for one input. `tensors`: weights, scales, biases; then transposed weights."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: Kernel, *tensors: Any) -> tuple[Tensor, ...]:
-        number = len(tensors) // 3
-        weights, scales, biases = tensors[:number], tensors[number:-number], tensors[-number:]
-        ctx.save_for_backward(*weights, *scales)
+    def forward(ctx: Any, x: Tensor, kernel: Kernel, number: int, *tensors: Any) -> tuple[Tensor, ...]:
+        weights, scales, biases, across = (tensors[first : first + number] for first in range(0, 4 * number, number))
+        ctx.save_for_backward(*(across or weights), *scales)
         ctx.kernel = kernel
+        ctx.transposed = bool(across)
         return tuple(output(x, *layer, kernel) for layer in zip(weights, scales, biases, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        number = len(grads)
-        weights, scales = ctx.saved_tensors[:number], ctx.saved_tensors[number:]
-        across = torch.cat([weight.t() for weight in weights], dim=1)
-        return _gradient_across(grads, scales, across, ctx.kernel), *[None] * (1 + 3 * number)
+        saved = ctx.saved_tensors  # may be asked for once only
+        weights, scales = saved[: len(grads)], saved[len(grads) :]
+        across = torch.cat([weight if ctx.transposed else weight.t() for weight in weights], dim=1)
+        unneeded = [None] * (len(ctx.needs_input_grad) - 1)
+        return _gradient_across(grads, scales, across, ctx.kernel), *unneeded
 
 
 class FastFp8Linear(Fp8Linear):
@@ -144,12 +145,12 @@ class FastFp8Linear(Fp8Linear):
     @staticmethod
     def together(x: Tensor, layers: "Sequence[FastFp8Linear]") -> tuple[Tensor, ...]:
         """Several layers of one input (see `project`): if it gets a gradient, that is one product for all of them."""
-        kernel = layers[0].kernel
-        alike = all(layer.kernel == kernel and layer.across is None for layer in layers)
+        kernel, across = layers[0].kernel, [layer.across for layer in layers if layer.across is not None]
+        alike = all(layer.kernel == kernel for layer in layers) and len(across) in (0, len(layers))
         if kernel is None or not alike or not (torch.is_grad_enabled() and x.requires_grad):
             return tuple(layer(x) for layer in layers)
-        tensors = zip(*((layer.weight, layer.scale, layer.bias) for layer in layers), strict=True)
-        outs: tuple[Tensor, ...] = _ScaledLinears.apply(x, kernel, *chain.from_iterable(tensors))
+        tensors = chain.from_iterable(zip(*((layer.weight, layer.scale, layer.bias) for layer in layers), strict=True))
+        outs: tuple[Tensor, ...] = _ScaledLinears.apply(x, kernel, len(layers), *tensors, *across)
         return outs
 
     def transpose(self) -> None:

@@ -176,6 +176,28 @@ def test_layers_of_one_input_are_asked_one_by_one_where_a_product_of_them_all_wo
     assert asked == 5 * layers
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_of_one_input_read_their_transposed_weights_and_nothing_else_changes(compiled: bool) -> None:
+    layers, x = make_shared(), torch.randn(5, 128)
+    expected = outputs_and_gradient(layers, x)
+    across = []
+    for layer in layers:
+        layer.transpose()
+        assert layer.across is not None
+        across.append(layer.across)
+    x.requires_grad_()
+    torch._dynamo.reset()
+    graph = torch.compile(lambda x: project(x, layers), backend="aot_eager_decomp_partition", fullgraph=True)
+    with recorded_saves() as kept:
+        outs = graph(x) if compiled else project(x, layers)
+    assert {tensor.data_ptr() for tensor in across} <= {tensor.data_ptr() for tensor in kept}
+    for layer in layers:
+        layer.weight.data.view(torch.uint8).zero_()  # backward has no need of it
+    torch.stack([out.square().sum() for out in outs]).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, expected[1])
+    assert all(torch.equal(ours, plain) for ours, plain in zip(outs, expected[0], strict=True))
+
+
 def make_blocks(number: int) -> list[nn.Sequential]:
     return [nn.Sequential(make_linear(), nn.GELU(), make_linear(96, 128)) for _ in range(number)]
 
