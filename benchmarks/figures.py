@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from benchmarks.materials import Bucket
@@ -12,6 +12,7 @@ from wanlora.data.cache_files import LatentName
 Rows = Sequence[Mapping[str, Any]]
 """Lines of a step log."""
 
+_SLOW = 3
 MEASURED_ON = "measured on an H100 80GB HBM3, torch 2.11.0+cu130"
 
 
@@ -21,6 +22,8 @@ class Figures:
 
     seconds: float
     """Median of the timed steps."""
+    mean: float
+    """Of the same, which is what an epoch is made of, without steps of three times the median (compiling)."""
     fastest: float
     slowest: float
     peak_gib: float | None
@@ -105,8 +108,10 @@ def figures_by_bucket(rows: Rows, warmup: int) -> dict[str, Figures]:
 def _figures(rows: Rows) -> Figures:
     seconds = [row["seconds"] for row in rows]
     peaks = [row["memory/peak_gib"] for row in rows if "memory/peak_gib" in row]
+    middle = median(seconds)
     return Figures(
-        seconds=median(seconds),
+        seconds=middle,
+        mean=fmean(second for second in seconds if second <= _SLOW * middle),
         fastest=min(seconds),
         slowest=max(seconds),
         peak_gib=max(peaks, default=None),
@@ -115,9 +120,9 @@ def _figures(rows: Rows) -> Figures:
 
 
 def mix_seconds(figures: Mapping[str, Figures], buckets: Iterable[Bucket]) -> float | None:
-    """Seconds for an epoch of the reference mix; None if a bucket was not measured."""
+    """Seconds for an epoch of the reference mix, by means; None if a bucket was not measured."""
     try:
-        return sum(bucket.per_epoch * figures[str(bucket.pixels)].seconds for bucket in buckets)
+        return sum(bucket.per_epoch * figures[str(bucket.pixels)].mean for bucket in buckets)
     except KeyError:
         return None
 

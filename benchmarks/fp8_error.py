@@ -90,10 +90,12 @@ class Runner:
 class Comparison:
     """Runs that begin alike; the first is what the others are measured by."""
 
-    def __init__(self, batches: Sequence[Batch], *, rank: int, rate: float, device: torch.device) -> None:
+    def __init__(
+        self, batches: Sequence[Batch], *, rank: int, rate: float, device: torch.device, draw: int = 0
+    ) -> None:
         self.batches, self.rank, self.rate, self.device = batches, rank, rate, device
         plan = build_plan("shift", discrete_flow_shift=_SHIFT)
-        self.noise = Noise(Streams(7), plan, lambda epoch: [len(batch.text) for batch in batches])
+        self.noise = Noise(Streams(7 + draw), plan, lambda epoch: [len(batch.text) for batch in batches])
         self.runners: list[Runner] = []
 
     def adapt(self, model: WanTransformer) -> tuple[FlowObjective, LoRANetwork]:
@@ -136,12 +138,12 @@ class Comparison:
         return rows
 
 
-def compare_14b(steps: int, device: torch.device, compiled: bool) -> dict[str, Any]:
+def compare_14b(steps: int, device: torch.device, compiled: bool, draw: int) -> dict[str, Any]:
     """Random weights of the 14B model on the reference mix."""
     geometry = GEOMETRIES["14B" if device.type == "cuda" else "tiny"]
     model = random_model(geometry.sizes, device)
     batches = random_batches(geometry.buckets, geometry.sizes.text_dim, steps)
-    comparison = Comparison(batches, rank=32, rate=5e-5, device=device)
+    comparison = Comparison(batches, rank=32, rate=5e-5, device=device, draw=draw)
     parts = comparison.adapt(model)
     layers = fast_layers(model)
     errors = layer_errors(parts[0], layers, batches)
@@ -152,10 +154,10 @@ def compare_14b(steps: int, device: torch.device, compiled: bool) -> dict[str, A
     return verdict(comparison.run(), errors)
 
 
-def compare_tiny(steps: int, device: torch.device) -> dict[str, Any]:
+def compare_tiny(steps: int, device: torch.device, draw: int, size: int) -> dict[str, Any]:
     """The trained tiny Wan on a look and a motion that it has never seen."""
-    batches = tiny_batches(steps)
-    comparison = Comparison(batches, rank=16, rate=1e-3, device=device)
+    batches = tiny_batches(steps, size)
+    comparison = Comparison(batches, rank=16, rate=1e-3, device=device, draw=draw)
     load = partial(load_transformer, PRETRAINED.dit, "t2v-14B", device=device, dtype=torch.bfloat16, progress=False)
     model = load(install=Fp8Installer(device, torch.bfloat16, "rows"))
     parts = comparison.adapt(model)
@@ -193,8 +195,8 @@ def _random_batch(pixels: PixelShape, text_dim: int, generator: torch.Generator)
     return Batch(latents_BCFHW=latents, text=[text], names=("random",), pixels=pixels)
 
 
-def tiny_batches(steps: int) -> list[Batch]:
-    """Clips of new scenes through the tiny VAE and text encoder, batches of one."""
+def tiny_batches(steps: int, size: int) -> list[Batch]:
+    """Clips of new scenes through the tiny VAE and text encoder, batches of `size`."""
     vae = load_vae(PRETRAINED.vae, device="cpu")
     t5 = PRETRAINED.t5
     encoder = TextEncoder(load_umt5(t5, device="cpu"), load_tokenizer(None, t5, offline=True))
@@ -202,7 +204,7 @@ def tiny_batches(steps: int) -> list[Batch]:
     random.Random(3).shuffle(sizes)
     batches = []
     for index, (width, height, frames) in enumerate((sizes * steps)[:steps]):
-        scenes = new_scenes(TINY_BATCH, 11 + index)
+        scenes = new_scenes(size, 11 + index)
         pixels = rearrange(render(scenes, frames, width, height), "b f h w c -> b c f h w").float() / 127.5 - 1
         batches.append(
             Batch(
@@ -260,6 +262,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("models", nargs="*", default=["tiny"], help="14B, tiny")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--draw", type=int, default=0, help="another draw of noise and noise levels")
+    parser.add_argument("--tiny_batch", type=int, default=TINY_BATCH, help="clips in a batch of the tiny Wan")
     parser.add_argument("--compile", action="store_true", help="compile the blocks of the 14B model")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     options = parser.parse_args(argv)
@@ -269,11 +273,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for model in options.models:
         start = time.monotonic()
         tiny = model == "tiny"
-        report = compare_tiny(options.steps, device) if tiny else compare_14b(options.steps, device, options.compile)
-        report = {"model": model, "device": name, "torch": torch.__version__, "compiled": options.compile} | report
+        steps, draw = options.steps, options.draw
+        report = (
+            compare_tiny(steps, device, draw, options.tiny_batch)
+            if tiny
+            else compare_14b(steps, device, options.compile, draw)
+        )
+        conditions = {"model": model, "device": name, "torch": torch.__version__, "compiled": options.compile}
+        report = conditions | {"draw": draw} | ({"batch_size": options.tiny_batch} if tiny else {}) | report
         kind = "h100" if "H100" in name else device.type
+        other = f"-batch{options.tiny_batch}" if tiny and options.tiny_batch != TINY_BATCH else ""
+        other += f"-draw{draw}" if draw else ""
         options.results.mkdir(parents=True, exist_ok=True)
-        write_json(options.results / f"fp8-error-{model}-{kind}.json", report)
+        write_json(options.results / f"fp8-error-{model}-{kind}{other}.json", report)
         print(f"{model}: {time.monotonic() - start:.0f} s", flush=True)
         good &= report["within_bounds"]
     return 0 if good else 1

@@ -61,6 +61,12 @@ class Geometry:
     buckets: tuple[Bucket, ...]
 
     @property
+    def proportions(self) -> tuple[int, ...]:
+        """How often each bucket comes in the mix for once that the rarest does."""
+        rarest = min(bucket.per_epoch for bucket in self.buckets)
+        return tuple(bucket.per_epoch // rarest for bucket in self.buckets)
+
+    @property
     def equal_batches(self) -> tuple[Bucket, Bucket]:
         """Two ways to the same number of tokens: a batch of first frames, and one short clip of the same size."""
         short, long = self.buckets[1:3]
@@ -117,16 +123,21 @@ def make_dataset(work: Path, name: str, batches: int) -> Path:
     return _made(work / f"dataset-{name}-{batches}", GEOMETRIES[name], batches)
 
 
+def make_mix(work: Path, name: str, batches: int) -> Path:
+    """The same with so many batches of the rarest bucket, and of the others in the proportion of the mix."""
+    return _made(work / f"dataset-{name}-mix-{batches}", GEOMETRIES[name], batches, in_proportion=True)
+
+
 def make_equal_batches(work: Path, name: str, batches: int) -> Path:
     """The same for `equal_batches`."""
     geometry = replace(GEOMETRIES[name], buckets=GEOMETRIES[name].equal_batches)
     return _made(work / f"dataset-{name}-equal-{batches}", geometry, batches)
 
 
-def _made(folder: Path, geometry: Geometry, batches: int) -> Path:
+def _made(folder: Path, geometry: Geometry, batches: int, *, in_proportion: bool = False) -> Path:
     path = folder / "dataset.toml"
     if not path.exists():
-        write_dataset(folder, geometry, batches)
+        write_dataset(folder, geometry, batches, in_proportion=in_proportion)
     return path
 
 
@@ -184,8 +195,11 @@ def draw_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -
     return torch.randn(shape, dtype=torch.bfloat16, device=generator.device, generator=generator) * deviation
 
 
-def write_dataset(folder: Path, geometry: Geometry, batches: int) -> None:
-    """Write random latents and texts for so many batches of each bucket, and last the TOML that asks for them."""
+def write_dataset(folder: Path, geometry: Geometry, batches: int, *, in_proportion: bool) -> None:
+    """Write random latents and texts for so many batches of each bucket, and last the TOML that asks for them.
+
+    `in_proportion` repeats them as often as the mix has them.
+    """
     generator = torch.Generator().manual_seed(1)
     for bucket in geometry.buckets:
         caches = _caches(folder, bucket)
@@ -193,7 +207,8 @@ def write_dataset(folder: Path, geometry: Geometry, batches: int) -> None:
         for number in range(batches * bucket.batch_size):
             _write_item(caches, f"item_{number:03d}", bucket, geometry.sizes.text_dim, generator)
     content = {"general": {"enable_bucket": True, "bucket_no_upscale": True}}
-    tables = [_table(folder, bucket) for bucket in geometry.buckets]
+    repeats = geometry.proportions if in_proportion else [1] * len(geometry.buckets)
+    tables = [_table(folder, bucket, count) for bucket, count in zip(geometry.buckets, repeats, strict=True)]
     write_text_file(folder / "dataset.toml", toml.dumps({**content, "datasets": tables}))
 
 
@@ -210,14 +225,14 @@ def _write_item(caches: Path, stem: str, bucket: Bucket, text_dim: int, generato
     write_text(caches / text_name(stem), text, caption=stem, t5="random")
 
 
-def _table(folder: Path, bucket: Bucket) -> dict[str, Any]:
+def _table(folder: Path, bucket: Bucket, repeats: int) -> dict[str, Any]:
     pixels = bucket.pixels
     table: dict[str, Any] = {
         f"{bucket.kind}_directory": (folder / f"{pixels}-sources").as_posix(),
         "cache_directory": _caches(folder, bucket).as_posix(),
         "resolution": [pixels.width, pixels.height],
         "batch_size": bucket.batch_size,
-        "num_repeats": 1,
+        "num_repeats": repeats,
     }
     if bucket.kind == "video":
         table |= {"frame_extraction": "head", "target_frames": [pixels.frames]}

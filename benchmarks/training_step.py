@@ -2,12 +2,14 @@
 
 Usage: python benchmarks/training_step.py [make] [time] [batch-short] [equal] --geometry 14B --results DIR
 
-Each stage makes what it needs first. `time` runs the trainer once per setting over a shuffled epoch of all buckets, as
-a user's run has it, and takes the median of each bucket's steps after its first few. A step's seconds are those of the
-step log: waiting for the batch and the step. Settings called `peer-…` run another trainer (`peer_diffusers.py`) in
-their turn, and the ratios of our seconds to its seconds are printed. `batch-short` compares tokens per second of a
-batch of single frames and of one clip with as many tokens. `equal` trains the same steps with and without swapping and
-compares losses and gradient norms bit for bit. See README.md beside this file.
+Each stage makes what it needs first. `time` runs the trainer once per setting over a shuffled epoch of all buckets in
+the proportions of the mix, as a user's run has it, because the host may be ahead of the card and what a step takes then
+depends on the one before it. It shows the median of each bucket's steps after its first `--warmup` ones; the seconds of
+the mix are made of means. A step's seconds are those of the step log: waiting for the batch and the step. Settings
+called `peer-…` run another trainer (`peer_diffusers.py`) in their turn, and the ratios of our seconds to its seconds
+are printed. `batch-short` compares tokens per second of a batch of single frames and of one clip with as many tokens.
+`equal` trains the same steps with and without swapping and compares losses and gradient norms bit for bit. See
+README.md beside this file.
 """
 
 import argparse
@@ -49,6 +51,7 @@ from benchmarks.materials import (
     make_checkpoint,
     make_dataset,
     make_equal_batches,
+    make_mix,
 )
 from benchmarks.runs import ROOT, Clock, Finished, Setting, run_trainer
 from benchmarks.settings import PAIRS, SETTINGS
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{machine()}; model in {weights}, the rest in {work}", flush=True)
     _make(weights, options.geometry)
     dit = checkpoint_path(weights, options.geometry)
-    timed = Materials(dit=dit, dataset=make_dataset(work, options.geometry, options.warmup + options.timed))
+    timed = Materials(dit=dit, dataset=make_mix(work, options.geometry, options.warmup + options.timed))
     compared = Materials(dit=dit, dataset=make_dataset(work, options.geometry, options.equal_items))
     print(f"[{clock.elapsed:4.0f} s] model and caches are ready", flush=True)
     good = True
@@ -92,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
         "--configs", type=_settings, default="reference-eager,reference,no-swap", help=f"any of {', '.join(SETTINGS)}"
     )
     parser.add_argument("--warmup", type=int, default=4, help="steps of each bucket that are not timed")
-    parser.add_argument("--timed", type=int, default=8, help="steps of each bucket that are timed")
+    parser.add_argument(
+        "--timed", type=int, default=8, help="steps of the rarest bucket that are timed, more of the others"
+    )
     parser.add_argument("--equal_items", type=int, default=3, help="steps of each bucket that are compared")
     parser.add_argument("--any_kernels", action="store_true", help="equal: do not ask for deterministic kernels")
     parser.add_argument("--deadline", type=float, default=540.0, help="seconds after which a run is stopped")
@@ -125,8 +130,11 @@ def _time(options: argparse.Namespace, materials: Materials, work: Path, clock: 
         if clock.left <= 0:
             print(f"{setting.name}: left out, time is up", flush=True)
             continue
-        of_each = peer_diffusers.STEPS if setting.peer else options.warmup + options.timed
-        num_steps = of_each * len(geometry.buckets)
+        num_steps = (
+            peer_diffusers.STEPS * len(geometry.buckets)
+            if setting.peer
+            else (options.warmup + options.timed) * sum(geometry.proportions)
+        )
         finished.append(run_trainer(setting, options.geometry, materials, work, num_steps, clock))
         measured = _figures(finished, options.warmup)
         write_report(path, _time_report(options, finished, measured, geometry.buckets))

@@ -79,6 +79,13 @@ def test_warm_up_steps_are_left_out_of_each_bucket() -> None:
     assert (measured.peak_gib, measured.num_steps) == (8.0, 3)
 
 
+def test_the_mix_is_made_of_means_without_single_steps_that_were_compiled() -> None:
+    rows = [row(FILES[0], second) for second in (1.0, 1.0, 1.0, 2.0, 40.0)]
+    figures = figures_by_bucket(rows, warmup=0)["768x768x1"]
+    assert (figures.seconds, figures.mean, figures.slowest) == (1.0, 1.25, 40.0)
+    assert mix_seconds({"768x768x1": figures}, BUCKETS[:1]) == 120 * 1.25
+
+
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
 def test_the_peers_mix_follows_from_their_buckets(peer: Any) -> None:
     figures = figures_by_bucket(epoch(peer.seconds), warmup=0)

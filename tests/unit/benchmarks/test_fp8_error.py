@@ -25,6 +25,16 @@ def test_the_mix_is_rehearsed_and_its_figures_are_written(tmp_path: Path, monkey
     assert set(report["layers"]["mean_by_kind"]) >= {"self_attn.q", "cross_attn.v", "ffn.2"}
 
 
+def test_another_draw_is_another_run_under_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = GEOMETRIES["tiny"]
+    monkeypatch.setattr("benchmarks.fp8_error.GEOMETRIES", {"tiny": replace(geometry, sizes=SMALL)})
+    losses = []
+    for draw, name in (("0", "fp8-error-14B-cpu.json"), ("3", "fp8-error-14B-cpu-draw3.json")):
+        assert main(["14B", "--steps", "1", "--draw", draw, "--device", "cpu", "--results", str(tmp_path)]) == 0
+        losses.append(json.loads((tmp_path / name).read_text())["steps"][0]["loss/bf16"])
+    assert losses[0] != losses[1]
+
+
 def test_runs_of_the_same_maths_stay_the_same_and_do_train() -> None:
     batches = random_batches(GEOMETRIES["tiny"].buckets[:1], SMALL.text_dim, 3)
     comparison = Comparison(batches, rank=4, rate=1e-2, device=torch.device("cpu"))

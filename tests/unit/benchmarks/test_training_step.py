@@ -34,8 +34,11 @@ def test_the_benchmark_measures_every_bucket_with_the_real_trainer(tmp_path: Pat
     run = json.loads(path.read_text(encoding="utf-8"))["runs"]["reference-eager"]
     assert set(run["buckets"]) == {"96x96x1", "96x64x1", "96x64x5", "64x32x9"}
     weights = {"96x96x1": 120, "96x64x1": 240, "96x64x5": 240, "64x32x9": 480}
-    seconds = sum(count * run["buckets"][bucket]["seconds"] for bucket, count in weights.items())
+    seconds = sum(count * run["buckets"][bucket]["mean"] for bucket, count in weights.items())
     assert run["mix_seconds"] == seconds
+    assert {bucket: figures["num_steps"] for bucket, figures in run["buckets"].items()} == {
+        bucket: count // 120 for bucket, count in weights.items()
+    }
     assert run["start_seconds"] > 0
     assert "mix s/epoch" in done.stdout
 
