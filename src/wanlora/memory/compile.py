@@ -24,13 +24,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanlora.memory.saving import Save, saving_backend
+from wanlora.memory.saving import Save
 
 _COMPILER = "torch._inductor.compile_fx"
 _C_COMPILERS = ("cc", "gcc", "clang", "cl")
 _TRITON_CAPABILITY = (7, 0)
 _GRAPHS = 32
 """So many graphs of the blocks are kept unless the user says otherwise."""
+_READS = 5
+"""A result that is used again is computed again if that takes so many reads at most; torch's own number is 4.
+
+A gradient that comes back through the rotary embedding and a norm's weight takes five: both elements of a pair, cosine,
+sine, weight. Stored between the two passes over its row it would be a write of 4 bytes for each element of queries and
+keys, and their reads come from the cache.
+"""
 
 
 @contextmanager
@@ -115,6 +122,24 @@ class CompiledForward:
                 else self.compile_with(backend=self.backend, mode=self.mode)
             )
         return self._graphs[save]
+
+
+def saving_backend(save: Save, mode: str | None) -> Callable[..., Any]:
+    """A backend for `torch.compile` that cuts graphs as `save` says; `mode` is that of `torch.compile`."""
+
+    def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        import torch._functorch.config as partitioning
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        from wanlora.memory.marking import Marking
+
+        chosen = {"realize_reads_threshold": _READS, **(list_mode_options(mode) if mode else {})}
+        options = {**chosen, "joint_custom_post_pass": Marking(save)}
+        with partitioning.patch(aggressive_recomputation=save != "everything"):
+            return compile_fx(graph, inputs, config_patches=options)
+
+    return compile_graph
 
 
 def restore_blocks(blocks: Iterable[nn.Module]) -> None:

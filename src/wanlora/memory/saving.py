@@ -11,71 +11,48 @@ needs. Three cuts are worth having:
 - `attention`: the block's input and the result of attention. All products but the last are computed again. That is
   recomputing a block without its dearest part, and cheaper than calling its forward a second time.
 
-Random numbers are never drawn twice: masks of dropout are saved. Only torch's own compiler takes such wishes.
+Weights are never saved in another shape than they have: a streamed block's lie somewhere else by then. Random numbers
+are never drawn twice: masks of dropout are saved. Only torch's own compiler takes such wishes.
 """
 
 import re
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-import torch
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 Save = Literal["everything", "products", "attention"]
 
 _ATTENTION = re.compile(r"attention|flash|fmha")
-_READS = 5
-"""A result that is used again is computed again if that takes so many reads at most; torch's own number is 4.
-
-A gradient that comes back through the rotary embedding and a norm's weight takes five: both elements of a pair, cosine,
-sine, weight. Stored between the two passes over its row it would be a write of 4 bytes for each element of queries and
-keys, and their reads come from the cache.
-"""
 _RANDOM = re.compile(r"rand|dropout|bernoulli|philox|seed")
-
-
-def saving_backend(save: Save, mode: str | None) -> Callable[..., Any]:
-    """A backend for `torch.compile` that cuts graphs as `save` says; `mode` is that of `torch.compile`."""
-
-    def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        import torch._functorch.config as partitioning
-        from torch._inductor import list_mode_options
-        from torch._inductor.compile_fx import compile_fx
-
-        options = {"realize_reads_threshold": _READS, **(list_mode_options(mode) if mode else {})}
-        if save == "everything":
-            return compile_fx(graph, inputs, config_patches=options)
-        options = {**options, "joint_custom_post_pass": _marking_pass(save)}
-        with partitioning.patch(aggressive_recomputation=True):
-            return compile_fx(graph, inputs, config_patches=options)
-
-    return compile_graph
-
-
-def _marking_pass(save: Save) -> Any:
-    """`mark` as the compiler wants it; its own import takes a second, so it waits until something is compiled."""
-    from torch._inductor.custom_graph_pass import CustomGraphPass
-
-    class Marking(CustomGraphPass):
-        def __call__(self, graph: Graph) -> None:
-            mark(graph, save)
-
-        def uuid(self) -> str:
-            return f"wanlora saves {save} 1"
-
-    return Marking()
 
 
 def mark(graph: Graph, save: Save) -> None:
     """Say of the operations of a joint graph's forward which results are saved and which are computed again."""
     for node in graph.nodes:
-        if node.op != "call_function" or node.meta.get("partitioner_tag") == "is_backward":
+        if node.op != "call_function":
             continue
-        if _is_attention(node):
+        if _views_an_input(node):
+            _mark_recomputed(node)
+        elif node.meta.get("partitioner_tag") == "is_backward":
+            continue
+        elif save != "everything" and _is_attention(node):
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         elif save == "attention" and not _is_attention_result(node) and not _RANDOM.search(str(node.target)):
-            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            _mark_recomputed(node)
+
+
+def _mark_recomputed(node: Node) -> None:
+    node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+    node.meta["ac_graph_id"] = 0  # all of one checkpoint: torch 2.7 asks for it, later ones do not mind
+
+
+def _views_an_input(node: Node) -> bool:
+    """Whether a node looks at an input, a weight say, in another shape: old compilers save that in the input's place."""
+    source = node.args[0] if node.args else None
+    views = isinstance(node.target, OpOverload) and node.target.is_view
+    return views and isinstance(source, Node) and (source.op == "placeholder" or _views_an_input(source))
 
 
 def _is_attention(node: Node) -> bool:

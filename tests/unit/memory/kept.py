@@ -75,10 +75,8 @@ def cutting_backend(save: Save) -> Callable[..., Any]:
     """A backend that partitions as `saving_backend` has it done and compiles nothing."""
 
     def partition(module: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
-        if save == "everything":
-            return min_cut_rematerialization_partition(module, inputs, **options)
         mark(module.graph, save)
-        with functorch_config.patch(aggressive_recomputation=True):
+        with functorch_config.patch(aggressive_recomputation=save != "everything"):
             return min_cut_rematerialization_partition(module, inputs, **options)
 
     return aot_autograd(
