@@ -49,7 +49,7 @@ def _mark_recomputed(node: Node) -> None:
 
 
 def _views_an_input(node: Node) -> bool:
-    """Whether a node looks at an input, a weight say, in another shape: old compilers save that in the input's place."""
+    """Whether a node is an input, a weight say, in another shape: old compilers save that in the input's place."""
     source = node.args[0] if node.args else None
     views = isinstance(node.target, OpOverload) and node.target.is_view
     return views and isinstance(source, Node) and (source.op == "placeholder" or _views_an_input(source))

@@ -1,8 +1,12 @@
 """What compiled blocks save for their backward, and that streamed ones may."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from tests.unit.memory.kept import cutting_backend
 from tests.unit.memory.wan import adapted_wan, losses_and_gradients
@@ -10,9 +14,9 @@ from wanlora.foundation.errors import MemoryPlanError
 from wanlora.memory import checkpointing
 from wanlora.memory import compile as compiling
 from wanlora.memory.checkpointing import Kept, Recompute
-from wanlora.memory.compile import chooses_what_to_save, compile_blocks
+from wanlora.memory.compile import chooses_what_to_save, compile_blocks, saving_backend
 from wanlora.memory.offload import InputOffload
-from wanlora.memory.saving import Save, saving_backend
+from wanlora.memory.saving import Save, mark
 from wanlora.memory.streaming import BlockStream
 from wanlora.memory.transfers import transfers_for
 
@@ -59,6 +63,20 @@ def test_kept_streamed_blocks_give_the_same_numbers_and_are_called_once(asked: l
     assert (runner.kept, runner.recomputed, runner.attention_kept) == (2 + 4, 0, 2)
     assert len(calls) == 2
     assert stream.copies == 4 + 3 * (4 - 2) and stream.misses == 1
+
+
+@pytest.mark.parametrize("save", get_args(Save))
+def test_no_cut_goes_through_a_weight_in_another_shape(save: Save) -> None:
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return (x @ weight.t().unflatten(1, (2, -1)).flatten(1)).unflatten(0, (2, -1)).relu()
+
+    graph = make_fx(product)(torch.ones(4, 8), torch.ones(6, 8)).graph
+    mark(graph, save)
+    recomputed = {node.name for node in graph.nodes if node.meta.get("recompute") is CheckpointPolicy.MUST_RECOMPUTE}
+    of_weight = {"t", "view", "view_1"}
+    assert recomputed & {"t", "view", "view_1", "view_2"} == (
+        of_weight | {"view_2"} if save == "attention" else of_weight
+    )
 
 
 class _Viewing(nn.Linear):
