@@ -4,9 +4,13 @@ What recomputation keeps of each block is its input, the residual stream: L x D 
 a 14B model at 7,500 tokens in float32. Here they go to page-locked host memory on a side stream while the next block
 computes, and come back one block ahead of need, so the card holds about two of them. Everything else that blocks
 share (time, text, rope tables) stays: it exists once. Host buffers are reused from step to step.
+
+The host may be far ahead of the card, so a tensor that is being copied is held here until computation has been told to
+wait for its copy; its memory is then used anew in the order of the computation, and not when the host happens to look.
 """
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +19,9 @@ from torch import Tensor
 
 from wanlora.memory.pinned import pinned_buffer, unpin
 from wanlora.memory.transfers import Mark, Transfers
+
+_ON_THEIR_WAY = 2
+"""So many inputs may be leaving the card at a time."""
 
 
 class HostBuffers:
@@ -52,7 +59,6 @@ class _Kept:
     def __init__(self, tensor: Tensor, buffers: HostBuffers, previous: "weakref.ref[_Kept] | None") -> None:
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
         self.previous = previous
-        self.returning: tuple[Tensor, Mark] | None = None
         self.flat = buffers.take(tensor.numel() * tensor.element_size())
         weakref.finalize(self, buffers.give, self.flat)
 
@@ -69,6 +75,10 @@ class InputOffload:
         self.transfers = transfers
         self.buffers = HostBuffers(device, transfers)
         self._last: weakref.ref[_Kept] | None = None
+        self._leaving: deque[tuple[Tensor, Mark]] = deque()
+        """Inputs and the marks behind which they have been copied."""
+        self._coming: dict[int, tuple[Tensor, Mark]] = {}
+        """The same for those on their way back, by what they belong to."""
 
     @contextmanager
     def keep(self, chosen: Tensor, check: Callable[[Tensor], None] | None = None) -> Iterator[None]:
@@ -89,26 +99,38 @@ class InputOffload:
             yield
 
     def _send(self, tensor: Tensor) -> _Kept:
+        self._settle()
         kept = _Kept(tensor, self.buffers, self._last)
-        self.transfers.copy(kept.on_host(), tensor.detach(), after=self.transfers.mark())
-        self.transfers.hold(tensor)
+        left = self.transfers.copy(kept.on_host(), tensor.detach(), after=self.transfers.mark())
+        self._leaving.append((tensor.detach(), left))
+        self._let_go(_ON_THEIR_WAY)
         self._last = weakref.ref(kept)
         return kept
 
     def _unpack(self, packed: "Tensor | _Kept") -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        tensor, arrived = packed.returning or self._fetch(packed)
-        packed.returning = None
+        self._let_go(0)
+        tensor, arrived = self._coming.pop(id(packed), None) or self._fetch(packed)
         before = packed.previous() if packed.previous else None
-        if before is not None and before.returning is None:
-            before.returning = self._fetch(before)
+        if before is not None and id(before) not in self._coming:
+            self._coming[id(before)] = self._fetch(before)
         self.transfers.wait(arrived)
         return tensor
 
     def _fetch(self, kept: _Kept) -> tuple[Tensor, Mark]:
         """Queue the way back. The mark keeps it behind whatever used the new tensor's memory before."""
         tensor = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
-        arrived = self.transfers.copy(tensor, kept.on_host(), after=self.transfers.mark())
-        self.transfers.hold(tensor)
-        return tensor, arrived
+        return tensor, self.transfers.copy(tensor, kept.on_host(), after=self.transfers.mark())
+
+    def _let_go(self, number: int) -> None:
+        """Let computation wait for the oldest copies to the host until only `number` are on their way."""
+        while len(self._leaving) > number:
+            self.transfers.wait(self._leaving[0][1])
+            self._leaving.popleft()
+
+    def _settle(self) -> None:
+        """Let computation wait for what a pass that failed had asked for and never used."""
+        for _, arrived in self._coming.values():
+            self.transfers.wait(arrived)
+        self._coming.clear()

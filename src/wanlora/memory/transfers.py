@@ -26,9 +26,6 @@ class Transfers(Protocol):
     def mark(self) -> Mark:
         """The point that computation has been queued up to."""
 
-    def hold(self, tensor: Tensor) -> None:
-        """Keep the memory of `tensor` from being used anew before the copies queued so far are done."""
-
     def finish(self) -> None:
         """Stop the host until every copy is done. For taking things down, never for a training step."""
 
@@ -45,9 +42,6 @@ class DirectTransfers:
 
     def mark(self) -> Mark:
         return None
-
-    def hold(self, tensor: Tensor) -> None:
-        pass
 
     def finish(self) -> None:
         pass
@@ -73,9 +67,6 @@ class CudaTransfers:
 
     def mark(self) -> Mark:
         return torch.cuda.current_stream(self.device).record_event()
-
-    def hold(self, tensor: Tensor) -> None:
-        tensor.record_stream(self.stream)
 
     def finish(self) -> None:
         self.stream.synchronize()

@@ -386,11 +386,9 @@ def steps_ahead(config: TrainConfig, engine: Engine) -> int:
     """How many steps are queued before the oldest is read.
 
     None on a CPU, which has nothing to do in the meantime, where norms of weights are read after each update, and where
-    processes exchange the names of what they train on. Inputs of blocks that go to the host keep their memory until the
-    card has copied them: that must not be more than a step's.
+    processes exchange the names of what they train on.
     """
-    memory, network = config.memory, config.network
-    reads = network.scale_weight_norms is not None or memory.gradient_checkpointing_cpu_offload
+    reads = config.network.scale_weight_norms is not None
     return 0 if engine.device.type != "cuda" or engine.rank.count > 1 or reads else AHEAD
 
 
