@@ -111,7 +111,8 @@ class InputOffload:
         if isinstance(packed, Tensor):
             return packed
         self._let_go(0)
-        tensor, arrived = self._coming.pop(id(packed), None) or self._fetch(packed)
+        was_asked_for = id(packed) in self._coming
+        tensor, arrived = self._coming.pop(id(packed)) if was_asked_for else self._fetch(packed)
         before = packed.previous() if packed.previous else None
         if before is not None and id(before) not in self._coming:
             self._coming[id(before)] = self._fetch(before)
