@@ -70,9 +70,10 @@ class Setting:
 
     @property
     def swapped(self) -> int:
-        """Blocks that stay in system memory."""
+        """Blocks that stay in system memory at least: with `auto` the run chooses."""
         words = self.extra.split()
-        return int(words[words.index("--blocks_to_swap") + 1]) if "--blocks_to_swap" in words else 0
+        number = words[words.index("--blocks_to_swap") + 1] if "--blocks_to_swap" in words else "0"
+        return 0 if number == "auto" else int(number)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

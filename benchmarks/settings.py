@@ -6,6 +6,7 @@ _FP8 = ("--fp8_base", "--fp8_scaled")
 _KEEP = "--activation_memory auto"
 _ALL = "--activation_memory off"
 _AWAY = "--gradient_checkpointing_cpu_offload"
+_AUTO = f"{_KEEP} --blocks_to_swap auto"
 _GRAPHS = f"{_KEEP} --cuda_graphs auto"
 SETTINGS: dict[str, Setting] = {
     setting.name: setting
@@ -32,6 +33,10 @@ SETTINGS: dict[str, Setting] = {
         Setting(name="graphs-cap-24", extra=f"{_GRAPHS} --vram_limit 24"),
         Setting(name="graphs-fp8-fast", extra=f"{_GRAPHS} --fp8_fast"),
         Setting(name="graphs-fp8-fast-cap-24", extra=f"{_GRAPHS} --fp8_fast --vram_limit 24"),
+        Setting(name="auto-cap-24", extra=f"{_AUTO} --vram_limit 24"),
+        Setting(name="auto-fp8-fast-cap-24", extra=f"{_AUTO} --fp8_fast --vram_limit 24"),
+        Setting(name="auto-cap-24-offload", extra=f"{_AUTO} --vram_limit 24 {_AWAY}"),
+        Setting(name="auto-fp8-fast-cap-24-offload", extra=f"{_AUTO} --fp8_fast --vram_limit 24 {_AWAY}"),
         Setting(name="keep-cap-24-swap-20", extra=f"{_KEEP} --vram_limit 24 --blocks_to_swap 20"),
         Setting(name="keep-fp8-fast-cap-24-swap-20", extra=f"{_KEEP} --fp8_fast --vram_limit 24 --blocks_to_swap 20"),
         Setting(name="reference-bf16-residual", extra=f"{_ALL} --blocks_to_swap 10 --residual_dtype bfloat16"),

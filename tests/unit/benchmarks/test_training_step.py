@@ -93,3 +93,8 @@ def test_peers_run_by_their_own_program_and_are_named_by_their_versions() -> Non
     setting = SETTINGS["peer-compile"]
     assert (setting.flags, setting.warmup(4), SETTINGS["keep"].warmup(4)) == (["compile"], peer_diffusers.WARMUP, 4)
     assert setting.label.startswith("diffusers ") and SETTINGS["keep"].label == "wanlora keep"
+
+
+def test_settings_tell_how_many_blocks_a_model_must_have() -> None:
+    numbers = {name: SETTINGS[name].swapped for name in ("keep", "swap-36", "auto-cap-24", "keep-cap-24-swap-20")}
+    assert numbers == {"keep": 0, "swap-36": 36, "auto-cap-24": 0, "keep-cap-24-swap-20": 20}
