@@ -20,11 +20,24 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-AHEAD = 2
+from wanlora.config.train import TrainConfig
+from wanlora.training.engine import Engine
+
+_AHEAD = 2
 """Steps that are queued before the oldest is read: with small and large sizes mixed, more gain nothing."""
 HostState = tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]
 """Copies of an optimizer's groups and of its states, without what lies on the device."""
 _PLAIN = (bool, int, float, str, type(None))
+
+
+def steps_ahead(config: TrainConfig, engine: Engine) -> int:
+    """How many steps are queued before the oldest is read.
+
+    None on a CPU, which has nothing to do in the meantime, where norms of weights are read after each update, and where
+    processes exchange the names of what they train on.
+    """
+    reads = config.network.scale_weight_norms is not None
+    return 0 if engine.device.type != "cuda" or engine.rank.count > 1 or reads else _AHEAD
 
 
 @dataclass(frozen=True, slots=True)

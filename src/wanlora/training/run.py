@@ -22,7 +22,7 @@ from wanlora.memory.measure import MemorySettings, explain_out_of_memory, is_out
 from wanlora.models.wan.vae import load_vae
 from wanlora.quantization.fast_linear import fast_layers
 from wanlora.training.after_step import AfterStep
-from wanlora.training.ahead import AHEAD
+from wanlora.training.ahead import steps_ahead
 from wanlora.training.announce import announce, show_timesteps
 from wanlora.training.build import Trainee, build_trainee, keep_transposed
 from wanlora.training.checkpoints import Checkpoints
@@ -380,16 +380,6 @@ class Run:
         )
         figures = guard.figures or memory_figures(self.engine.device)
         return explain_out_of_memory(figures, settings, bucket=describe(guard.working), clips=guard.working.names)
-
-
-def steps_ahead(config: TrainConfig, engine: Engine) -> int:
-    """How many steps are queued before the oldest is read.
-
-    None on a CPU, which has nothing to do in the meantime, where norms of weights are read after each update, and where
-    processes exchange the names of what they train on.
-    """
-    reads = config.network.scale_weight_norms is not None
-    return 0 if engine.device.type != "cuda" or engine.rank.count > 1 or reads else AHEAD
 
 
 def set_backends(config: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tests.unit.training.parts import CPU
-from wanlora.training.ahead import Reading, TakenBack
+from wanlora.config.train import NetworkConfig, TrainConfig
+from wanlora.foundation.ranks import Rank
+from wanlora.training.ahead import Reading, TakenBack, steps_ahead
 
 SOUND, BROKEN = torch.tensor([0.5, 1.0]), torch.tensor([0.5, float("nan")])
 
@@ -120,3 +123,15 @@ def test_numbers_are_those_of_the_moment_they_were_sent() -> None:
     reading = Reading.of(values)
     values.zero_()
     assert reading.get() == [1.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "norms", "steps"),
+    [("cuda", 1, None, 2), ("cpu", 1, None, 0), ("cuda", 2, None, 0), ("cuda", 1, 1.0, 0)],
+)
+def test_steps_are_queued_ahead_on_a_card_unless_something_reads_each(
+    device: str, processes: int, norms: float | None, steps: int
+) -> None:
+    engine: Any = SimpleNamespace(device=torch.device(device), rank=Rank(0, processes))
+    config = TrainConfig(network=NetworkConfig(scale_weight_norms=norms))
+    assert steps_ahead(config, engine) == steps
