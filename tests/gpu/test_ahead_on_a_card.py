@@ -20,14 +20,16 @@ def queue(run: Run, number: int, *, broken: bool = False) -> QueuedStep:
     if broken:
         batch.latents_BCFHW.fill_(float("inf"))
     queued = run.step.queue([IndexedBatch(number, batch)], Position(step=number), 1)
-    run.step.update_unread(queued)
+    copies = run.step.copies()
+    assert copies is not None
+    run.step.update_unread(queued, copies)
     return queued
 
 
 def first_steps(run: Run) -> None:
     """Until everything is there that later steps only use."""
     run.take([SMALL] * 3)
-    assert run.step.can_go_ahead
+    assert run.step.copies() is not None
     for number in range(3, 6):
         run.step.read(queue(run, number))
 

@@ -85,20 +85,24 @@ class TakenBack:
         tensors = [value for value in states if isinstance(value, Tensor)]
         return (
             len(remembered) == sum(len(group["params"]) for group in self.optimizer.param_groups)
+            and all(remembered.values())  # some look for what they remember before there is anything
             and all(isinstance(value, (Tensor, *_PLAIN)) for value in states)
             and not any(self._lies_there(value) for value in groups)
             and not any(getattr(value, "is_paged", False) for value in tensors)
         )
 
-    def update(self, update: Callable[[], None], numbers: Tensor) -> HostState:
+    def copies(self) -> list[Tensor]:
+        """Of all that an update changes on the device. Raises torch's error if its memory does not suffice."""
+        return [tensor.detach().clone() for tensor in self._on_device()]
+
+    def update(self, update: Callable[[], None], numbers: Tensor, before: Sequence[Tensor]) -> HostState:
         """Call `update`, without effect on the device unless `numbers` are finite and all before them were.
 
-        Returns what `put_back` needs.
+        `before` are the `copies` of this moment. Returns what `put_back` needs.
         """
         host_state = self._host_state()
         with torch.no_grad():
             self._sound.logical_and_(numbers.isfinite().all())
-            before = [tensor.clone() for tensor in self._on_device()]
             update()
             for tensor, former in zip(self._on_device(), before, strict=True):
                 torch.where(self._sound, tensor, former, out=tensor)

@@ -172,14 +172,16 @@ class Trainer:
     def _train_step(self, work: Work) -> None:
         step, guard = self.step, self.step.guard
         queued = step.queue(work.share, self.position, work.num_batches)
-        report = None if self.ahead and step.can_go_ahead else step.read(queued)
+        copies = step.copies() if self.ahead else None
+        report = self._read_before_update(queued) if copies is None else None
         with self.interrupts.held():
             self.updating = True
             put_back = None
-            if report is None:
-                put_back = step.update_unread(queued)
-            else:
+            if copies is None:
                 step.update(self.position)
+            else:
+                put_back = step.update_unread(queued, copies)
+            del copies
             after = self.after_step()
             self.position = self.position.after(work.num_batches, epoch_length=work.epoch_length)
             self.updating = False
@@ -197,6 +199,11 @@ class Trainer:
                     transposed=guard.transposed.are_kept,
                 )
             )
+
+    def _read_before_update(self, queued: QueuedStep) -> StepReport:
+        """What a step has computed, once all before it are known to be sound."""
+        self._read(leave=0)
+        return self.step.read(queued)
 
     def _read(self, *, leave: int) -> None:
         """Read the oldest of the steps that are queued, but for the last `leave`, and tell what they did.
@@ -238,10 +245,11 @@ class Trainer:
     def _keep(self) -> None:
         """Save a run that ends early, unless nothing was trained or the weights are those of half a step."""
         with self.interrupts.ignored():
-            try:
-                self._read(leave=0)
-            except (UserError, OSError, RuntimeError) as error:
-                log.warning(str(error))
+            while self._unread:
+                try:
+                    self._tell(self._unread.popleft())
+                except Exception as error:  # whatever it is, what was trained is worth more than being told of it
+                    log.warning(str(error))
         if self.checkpoints is None or self.checkpoints.finished:
             return
         if self.updating or self.position.step == self.first_step:

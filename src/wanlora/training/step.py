@@ -19,7 +19,9 @@ from torch.optim import Optimizer
 
 from wanlora.data.dataset import Batch
 from wanlora.foundation.errors import UserError
+from wanlora.foundation.log import log
 from wanlora.foundation.random import Streams
+from wanlora.memory.measure import is_out_of_memory
 from wanlora.training.ahead import Reading, TakenBack
 from wanlora.training.engine import Engine
 from wanlora.training.flat import FlatGroups
@@ -112,6 +114,7 @@ class TrainingStep:
         self.flat = flat
         self.replays = replays
         self.taken_back = TakenBack(optimizer, parameters, engine.device)
+        self._copies_fit = True
         self._total = torch.zeros((), device=engine.device)
         """The loss of the passes so far, over the batches of the step; it stays where it is."""
 
@@ -213,18 +216,33 @@ class TrainingStep:
         if self.replays:
             self.replays.settle()
 
-    @property
-    def can_go_ahead(self) -> bool:
-        """Whether a step may be updated before it is read."""
-        return self.scaler is None and self.taken_back.is_possible
+    def copies(self) -> list[Tensor] | None:
+        """What `update_unread` puts back where a step is not sound; None if steps must be read before their updates.
 
-    def update_unread(self, queued: QueuedStep) -> Callable[[], None]:
+        So it is, too, from the moment on at which memory does not suffice for copies.
+        """
+        if not self._copies_fit or self.scaler is not None or not self.taken_back.is_possible:
+            return None
+        try:
+            return self.taken_back.copies()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        self._copies_fit = False
+        log.warning(
+            "the card's memory does not suffice for copies of the LoRA and of what the optimizer remembers: from now "
+            "on each step is read before the next is queued, small sizes are slower for it"
+        )
+        return None
+
+    def update_unread(self, queued: QueuedStep, copies: Sequence[Tensor]) -> Callable[[], None]:
         """`update` for a step that was not read: without effect on the device if it, or one before, is not sound.
 
-        Returns what has to be called if it turns out not to be, for rates and what else lies on the host.
+        `copies` are those of this moment. Returns what has to be called if the step turns out not to be sound, for
+        rates and what else lies on the host.
         """
         rates = deepcopy(self.rates.state_dict())
-        host_state = self.taken_back.update(partial(self.update, queued.position), queued.numbers)
+        host_state = self.taken_back.update(partial(self.update, queued.position), queued.numbers, copies)
 
         def put_back() -> None:
             self.taken_back.put_back(host_state)

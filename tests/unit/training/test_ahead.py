@@ -81,7 +81,7 @@ def test_sound_updates_are_as_ever(name: str) -> None:
         updates.step(0)
     for seed in (1, 2):
         plain.step(seed)
-        held.taken_back.update(lambda seed=seed: held.step(seed), SOUND)  # type: ignore[misc]
+        held.taken_back.update(lambda seed=seed: held.step(seed), SOUND, held.taken_back.copies())  # type: ignore[misc]
     assert same(plain.all, held.all)
 
 
@@ -90,8 +90,8 @@ def test_an_update_that_is_not_sound_and_all_after_it_change_nothing(name: str) 
     updates = Updates(OPTIMIZERS[name])
     updates.step(0)
     before = updates.all
-    host_state = updates.taken_back.update(updates.step, BROKEN)
-    updates.taken_back.update(updates.step, SOUND)
+    host_state = updates.taken_back.update(updates.step, BROKEN, updates.taken_back.copies())
+    updates.taken_back.update(updates.step, SOUND, updates.taken_back.copies())
     assert same(before[1], updates.all[1])
     if name == "counting":  # on the host, which does not know yet
         assert not same(before, updates.all)
@@ -101,6 +101,9 @@ def test_an_update_that_is_not_sound_and_all_after_it_change_nothing(name: str) 
 
 def test_what_an_update_changes_is_not_known_before_the_first() -> None:
     updates = Updates(adam)
+    assert not updates.taken_back.is_possible
+    for parameter in updates.parameters:  # as schedule-free optimizers do when they are told to train
+        assert not updates.optimizer.state[parameter]
     assert not updates.taken_back.is_possible
     updates.step()
     assert updates.taken_back.is_possible

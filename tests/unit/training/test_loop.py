@@ -2,7 +2,8 @@
 
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.unit.training.parts import PIXELS, Velocity, batch, engine, noise, st
 from wanlora.data.dataset import Batch
 from wanlora.data.order import BatchSpec
 from wanlora.foundation.errors import DataError
+from wanlora.foundation.log import log
 from wanlora.foundation.ranks import Rank
 from wanlora.training.forecast import Measured
 from wanlora.training.interrupts import Interrupts
@@ -372,3 +374,67 @@ def same_state(one: Any, other: Any) -> bool:
     if isinstance(one, list):
         return len(one) == len(other) and all(map(same_state, one, other))
     return bool(one == other)
+
+
+@pytest.mark.parametrize("presses_ctrl_c", [False, True])
+def test_steps_that_cannot_be_told_of_are_saved(ahead: int, presses_ctrl_c: bool) -> None:
+    def refuse(values: Mapping[str, float], step: int) -> None:
+        if presses_ctrl_c:
+            signal.raise_signal(signal.SIGINT)
+        raise KeyError("told")
+
+    made, step, saved = trainer(ahead)
+    step.before_queue = lambda position: setattr(made.metrics, "tracker", refuse) if position.step == 3 else None
+    with pytest.raises(KeyError, match="told"):
+        made.train()
+    ((what, position, weights),) = saved.events
+    assert (what, position.step) == ("stopped", 4)
+    assert torch.equal(weights, weights_after(4))
+
+
+def test_a_step_that_is_not_finite_is_found_behind_one_that_cannot_be_told_of() -> None:
+    def load_broken(specs: list[BatchSpec]) -> Iterable[Batch]:
+        for spec in specs:
+            yield batch(spec.indexes[0], fill=float("inf") if spec == order(0)[2] else None)
+
+    def refuse(values: Mapping[str, float], step: int) -> None:
+        if step == 2:
+            raise KeyError("told")
+
+    made, _, saved = trainer(2)
+    made.feed.load, made.metrics.tracker = load_broken, refuse
+    with pytest.raises(KeyError, match="told"):
+        made.train()
+    ((_, position, weights),) = saved.events
+    assert position.step == 2 and torch.equal(weights, weights_after(2))
+
+
+@pytest.mark.parametrize("broken", [None, 2, 3])
+def test_without_memory_for_copies_steps_are_read_before_their_updates(
+    broken: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(log, "warning", warnings.append)
+
+    def load_broken(specs: list[BatchSpec]) -> Iterable[Batch]:
+        for spec in specs:
+            is_broken = broken is not None and spec == order(0)[broken]
+            yield batch(spec.indexes[0], fill=float("inf") if is_broken else None)
+
+    made, step, saved = trainer(2)
+    made.feed.load = load_broken
+    copies, asked = step.taken_back.copies, []
+
+    def full() -> list[torch.Tensor]:
+        asked.append(made.position.step)
+        if made.position.step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return copies()
+
+    monkeypatch.setattr(step.taken_back, "copies", full)
+    with nullcontext() if broken is None else pytest.raises(DivergedError, match=f"step {(broken or 0) + 1} "):
+        made.train()
+    ((_, position, weights),) = saved.events
+    assert position.step == (6 if broken is None else broken)
+    assert torch.equal(weights, weights_after(position.step))
+    assert asked == [1, 2, 3] and sum("does not suffice for copies" in warning for warning in warnings) == 1

@@ -318,7 +318,7 @@ def test_a_file_says_what_the_run_was(training_folder: TrainingFolder) -> None:
     assert len(metadata["sshs_model_hash"]) == 64
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "schedulefree.AdamWScheduleFree"])
 def test_a_run_whose_steps_are_queued_ahead_is_the_same_to_the_bit(
     optimizer: str, training_folder: TrainingFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
