@@ -64,6 +64,8 @@ class Outlook:
     """Blocks multiply in fp8."""
     transposed: bool = False
     """Their weights are there transposed as well, unless blocks are swapped."""
+    copied: bool = False
+    """Adapters and what the optimizer remembers are copied before an update, because steps are queued ahead."""
 
     @property
     def num_blocks(self) -> int:
@@ -212,8 +214,10 @@ class Outlook:
         return peak - away * recomputed_block(self.maths, load.tokens, load.batch)
 
     def _update(self) -> int:
-        """Bytes of gradients and of what an ordinary optimizer computes of them."""
-        return (4 + 4) * self.trained if self.state_bytes > 4 else 4 * self.trained
+        """Bytes of gradients, of what an ordinary optimizer computes of them, and of copies."""
+        computed = 4 if self.state_bytes > 4 else 0
+        copies = 4 + self.state_bytes if self.copied else 0
+        return round((4 + computed + copies) * self.trained)
 
     def _spared(self, load: Load, kept: Kept) -> float:
         tokens, batch = load.tokens, load.batch

@@ -88,6 +88,12 @@ def test_an_optimizer_that_remembers_much_computes_much() -> None:
     assert adam.peak(tiny) - light.peak(tiny) == pytest.approx(more + 4 * REFERENCE.trained, rel=0.5)
 
 
+def test_copies_before_an_update_count_where_a_pass_needs_less() -> None:
+    tiny, copied = Load(tokens=16), replace(REFERENCE, copied=True)
+    assert copied.peak(tiny) - sum(copied.resting().values()) == round((4 + 4 + 2.03) * REFERENCE.trained)
+    assert copied.peak(LARGEST) == REFERENCE.peak(LARGEST)
+
+
 def test_transposed_weights_take_what_the_matrices_take_unless_blocks_are_swapped() -> None:
     resident = replace(REFERENCE, swapped=0, fp8_products=True, formats=replace(REFERENCE.formats, scales="rows"))
     both = replace(resident, transposed=True)
