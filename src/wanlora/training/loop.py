@@ -8,13 +8,13 @@ read.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from wanlora.data.dataset import Batch
 from wanlora.data.order import BatchSpec
 from wanlora.foundation.errors import UserError
 from wanlora.foundation.log import log
 from wanlora.foundation.ranks import Rank
-from wanlora.memory.checkpointing import Kept
 from wanlora.training.after_step import AfterStep
 from wanlora.training.checkpoints import Checkpoints
 from wanlora.training.forecast import Forecast, Measured, Size
@@ -52,14 +52,12 @@ class _Updated:
     """None if it has not been read."""
     put_back: Callable[[], None] | None
     """To be called if it turns out not to be sound."""
-    work: Work
     position: Position
     """After the step."""
     paced: PacedStep
     values: Mapping[str, float]
-    kept: Kept
-    streamed: int
-    transposed: bool
+    measured: Callable[..., Measured]
+    """What forecasts are held against, once seconds and peak are known."""
 
 
 class Feed:
@@ -190,13 +188,16 @@ class Trainer:
                     queued=queued,
                     report=report,
                     put_back=put_back,
-                    work=work,
                     position=self.position,
                     paced=self.pace.finish(" + ".join(sorted(bucket_name(item.batch) for item in work.share))),
                     values=after | learning_rates(step.optimizer),
-                    kept=guard.kept,
-                    streamed=len(guard.stream.streamed_indexes) if guard.stream else 0,
-                    transposed=guard.transposed.are_kept,
+                    measured=partial(
+                        Measured,
+                        sizes=[Size(item.batch.pixels, len(item.batch.names)) for item in work.share],
+                        kept=guard.kept,
+                        streamed=len(guard.stream.streamed_indexes) if guard.stream else 0,
+                        transposed=guard.transposed.are_kept,
+                    ),
                 )
             )
 
@@ -227,18 +228,7 @@ class Trainer:
         if report.replayed:
             taken.pop("memory/peak_gib", None)
         self.metrics.record(report, step.position, {**step.values, **taken})
-        self._compare(step, taken)
-
-    def _compare(self, step: _Updated, taken: Mapping[str, float]) -> None:
-        """Hold what was foretold against a step that was done."""
-        measured = Measured(
-            sizes=[Size(item.batch.pixels, len(item.batch.names)) for item in step.work.share],
-            seconds=taken["seconds"],
-            peak=taken.get("memory/peak_gib"),
-            kept=step.kept,
-            streamed=step.streamed,
-            transposed=step.transposed,
-        )
+        measured = step.measured(seconds=taken["seconds"], peak=taken.get("memory/peak_gib"))
         for forecast in self.forecasts:
             forecast(measured, self.total_steps - step.position.step)
 

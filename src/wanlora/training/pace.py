@@ -2,9 +2,9 @@
 
 A step's seconds begin when its batch is asked for and end when its update is done, by the clock of the device, because
 the host may be steps ahead of it; previews, validation and saves between steps are not counted. Steps are compared with
-those on the same sizes. The usual reasons of a slow one can be
-told apart by looking at the right moment: waiting for the batch, compiling, an allocator at its limit, a driver that
-moves the card's memory to the system. Each reason is named once.
+those on the same sizes. The usual reasons of a slow one can be told apart by looking at the right moment: waiting for
+the batch, compiling, an allocator at its limit, a driver that moves the card's memory to the system. Each reason is
+named once.
 """
 
 import sys
