@@ -21,10 +21,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from wanlora.config.train import TrainConfig
+from wanlora.foundation.log import say_once
 from wanlora.training.engine import Engine
 
 _AHEAD = 2
 """Steps that are queued before the oldest is read: with small and large sizes mixed, more gain nothing."""
+MOST_TENSORS = 64
+"""Hundreds of matrices, which optimizers get that may look at shapes, take longer to copy than is gained."""
+READ_AT_ONCE = "each step is read before the next is queued, and the card waits for the host in between"
 HostState = tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]
 """Copies of an optimizer's groups and of its states, without what lies on the device."""
 _PLAIN = (bool, int, float, str, type(None))
@@ -36,8 +40,16 @@ def steps_ahead(config: TrainConfig, engine: Engine) -> int:
     None on a CPU, which has nothing to do in the meantime, where norms of weights are read after each update, and where
     processes exchange the names of what they train on.
     """
-    reads = config.network.scale_weight_norms is not None
-    return 0 if engine.device.type != "cuda" or engine.rank.count > 1 or reads else _AHEAD
+    if engine.device.type != "cuda":
+        return 0
+    obstacles = {
+        "--scale_weight_norms reads norms after each update": config.network.scale_weight_norms is not None,
+        "processes tell each other what they train on": engine.rank.count > 1,
+    }
+    found = [reason for reason, holds in obstacles.items() if holds]
+    if found:
+        say_once(f"{READ_AT_ONCE}: {'; '.join(found)}")
+    return 0 if found else _AHEAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +90,12 @@ class TakenBack:
 
     @property
     def is_possible(self) -> bool:
-        """Whether all that an update changes is known: not before the optimizer's first, nor for every optimizer."""
+        """Whether all that an update changes is known and few tensors: not before the optimizer's first, nor for every
+        optimizer."""
         remembered = self.optimizer.state
         states = [value for state in remembered.values() for value in state.values()]
+        if len(self.parameters) + len(states) > MOST_TENSORS:
+            return False
         groups = [value for group in self.optimizer.param_groups for key, value in group.items() if key != "params"]
         tensors = [value for value in states if isinstance(value, Tensor)]
         return (

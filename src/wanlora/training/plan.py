@@ -184,7 +184,7 @@ def make_outlook(config: TrainConfig, prepared: Prepared, target: Target, *, dty
         accumulates=config.run.gradient_accumulation_steps > 1,
         fp8_products=target.fp8 == "rows",
         transposed=target.fp8 == "rows" and memory.fp8_fast_transposed == "on",
-        copied=config.network.scale_weight_norms is None,
+        copied=prepared.optimizer.treats_numbers_alone and config.network.scale_weight_norms is None,
     )
 
 

@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 
 from wanlora.data.dataset import Batch
 from wanlora.foundation.errors import UserError
-from wanlora.foundation.log import log
+from wanlora.foundation.log import log, say_once
 from wanlora.foundation.random import Streams
 from wanlora.memory.measure import is_out_of_memory
-from wanlora.training.ahead import Reading, TakenBack
+from wanlora.training.ahead import READ_AT_ONCE, Reading, TakenBack
 from wanlora.training.engine import Engine
 from wanlora.training.flat import FlatGroups
 from wanlora.training.graphs import Replays
@@ -114,7 +114,7 @@ class TrainingStep:
         self.flat = flat
         self.replays = replays
         self.taken_back = TakenBack(optimizer, parameters, engine.device)
-        self._copies_fit = True
+        self._copies_fit, self._has_updated = True, False
         self._total = torch.zeros((), device=engine.device)
         """The loss of the passes so far, over the batches of the step; it stays where it is."""
 
@@ -212,6 +212,7 @@ class TrainingStep:
         else:
             with without_waiting(self.optimizer):
                 self.optimizer.step()
+        self._has_updated = True
         self.drop_gradients()
         if self.replays:
             self.replays.settle()
@@ -221,7 +222,13 @@ class TrainingStep:
 
         So it is, too, from the moment on at which memory does not suffice for copies.
         """
-        if not self._copies_fit or self.scaler is not None or not self.taken_back.is_possible:
+        if not self._copies_fit:
+            return None
+        if self.scaler is not None or not self.taken_back.is_possible:
+            if self._has_updated:  # before its first update no optimizer has anything to be copied
+                name = type(self.optimizer).__name__
+                reason = "float16 changes its loss scale" if self.scaler else f"updates of {name} cannot be taken back"
+                say_once(f"{READ_AT_ONCE}: {reason}")
             return None
         try:
             return self.taken_back.copies()
@@ -231,7 +238,7 @@ class TrainingStep:
         self._copies_fit = False
         log.warning(
             "the card's memory does not suffice for copies of the LoRA and of what the optimizer remembers: from now "
-            "on each step is read before the next is queued, small sizes are slower for it"
+            f"on {READ_AT_ONCE}"
         )
         return None
 

@@ -1,5 +1,6 @@
 """Updates that take themselves back, and numbers that are read later."""
 
+import logging
 from collections.abc import Callable
 from copy import deepcopy
 from types import SimpleNamespace
@@ -10,10 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tests.unit.training.parts import CPU
+from tests.unit.training.parts import CPU, Velocity, indexed, measure, step_of
 from wanlora.config.train import NetworkConfig, TrainConfig
+from wanlora.foundation.log import log
 from wanlora.foundation.ranks import Rank
-from wanlora.training.ahead import Reading, TakenBack, steps_ahead
+from wanlora.training.ahead import READ_AT_ONCE, Reading, TakenBack, steps_ahead
+from wanlora.training.position import Position
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.INFO, logger="wanlora")
+    return caplog
+
 
 SOUND, BROKEN = torch.tensor([0.5, 1.0]), torch.tensor([0.5, float("nan")])
 
@@ -121,6 +132,27 @@ def test_optimizers_that_keep_what_cannot_be_copied_here_are_left_alone(place: s
     assert not updates.taken_back.is_possible
 
 
+def test_many_tensors_are_not_copied_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates = Updates(adam)
+    updates.step()
+    monkeypatch.setattr("wanlora.training.ahead.MOST_TENSORS", 2 + 6)
+    assert updates.taken_back.is_possible  # two parameters, and three values for each
+    monkeypatch.setattr("wanlora.training.ahead.MOST_TENSORS", 2 + 5)
+    assert not updates.taken_back.is_possible
+
+
+def test_what_keeps_steps_from_being_queued_ahead_is_said_after_the_first_update(
+    said: pytest.LogCaptureFixture,
+) -> None:
+    step = step_of(Velocity())  # plain descent remembers nothing
+    assert step.copies() is None and not said.messages
+    measure(step, indexed([0]), Position(), 1)
+    step.update(Position())
+    assert step.copies() is None and step.copies() is None
+    (message,) = set(said.messages)
+    assert message == f"{READ_AT_ONCE}: updates of SGD cannot be taken back"
+
+
 def test_numbers_are_those_of_the_moment_they_were_sent() -> None:
     values = torch.tensor([1.5, 2.0])
     reading = Reading.of(values)
@@ -133,8 +165,9 @@ def test_numbers_are_those_of_the_moment_they_were_sent() -> None:
     [("cuda", 1, None, 2), ("cpu", 1, None, 0), ("cuda", 2, None, 0), ("cuda", 1, 1.0, 0)],
 )
 def test_steps_are_queued_ahead_on_a_card_unless_something_reads_each(
-    device: str, processes: int, norms: float | None, steps: int
+    device: str, processes: int, norms: float | None, steps: int, said: pytest.LogCaptureFixture
 ) -> None:
     engine: Any = SimpleNamespace(device=torch.device(device), rank=Rank(0, processes))
     config = TrainConfig(network=NetworkConfig(scale_weight_norms=norms))
     assert steps_ahead(config, engine) == steps
+    assert bool(said.messages) == (device == "cuda" and steps == 0)
