@@ -7,6 +7,7 @@ _KEEP = "--activation_memory auto"
 _ALL = "--activation_memory off"
 _AWAY = "--gradient_checkpointing_cpu_offload"
 _AUTO = f"{_KEEP} --blocks_to_swap auto"
+_NARROW = "--residual_dtype bfloat16"
 _GRAPHS = f"{_KEEP} --cuda_graphs auto"
 SETTINGS: dict[str, Setting] = {
     setting.name: setting
@@ -39,9 +40,13 @@ SETTINGS: dict[str, Setting] = {
         Setting(name="auto-fp8-fast-cap-24-offload", extra=f"{_AUTO} --fp8_fast --vram_limit 24 {_AWAY}"),
         Setting(name="keep-cap-24-swap-20", extra=f"{_KEEP} --vram_limit 24 --blocks_to_swap 20"),
         Setting(name="keep-fp8-fast-cap-24-swap-20", extra=f"{_KEEP} --fp8_fast --vram_limit 24 --blocks_to_swap 20"),
-        Setting(name="reference-bf16-residual", extra=f"{_ALL} --blocks_to_swap 10 --residual_dtype bfloat16"),
-        Setting(name="no-swap-bf16-residual", extra=f"{_ALL} --residual_dtype bfloat16"),
-        Setting(name="swap-36-bf16-residual", extra=f"{_ALL} --blocks_to_swap 36 --residual_dtype bfloat16"),
+        Setting(name="reference-bf16-residual", extra=f"{_ALL} --blocks_to_swap 10 {_NARROW}"),
+        Setting(name="no-swap-bf16-residual", extra=f"{_ALL} {_NARROW}"),
+        Setting(name="swap-36-bf16-residual", extra=f"{_ALL} --blocks_to_swap 36 {_NARROW}"),
+        Setting(name="keep-bf16-residual", extra=f"{_KEEP} {_NARROW}"),
+        Setting(name="keep-fp8-fast-bf16-residual", extra=f"{_KEEP} --fp8_fast {_NARROW}"),
+        Setting(name="auto-cap-24-bf16-residual", extra=f"{_AUTO} --vram_limit 24 {_NARROW}"),
+        Setting(name="auto-fp8-fast-cap-24-bf16-residual", extra=f"{_AUTO} --fp8_fast --vram_limit 24 {_NARROW}"),
         Setting(name="peer-compile", peer="compile"),
         Setting(name="peer-eager", peer="eager"),
     )

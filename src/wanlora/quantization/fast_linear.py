@@ -85,7 +85,7 @@ class _ScaledLinears(torch.autograd.Function):
         weights, scales, biases, across = (tensors[first : first + number] for first in range(0, 4 * number, number))
         ctx.save_for_backward(*(across or weights), *scales)
         ctx.kernel = kernel
-        ctx.transposed = bool(across)
+        ctx.transposed = len(across) > 0
         return tuple(output(x, *layer, kernel) for layer in zip(weights, scales, biases, strict=True))
 
     @staticmethod
