@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.materials import GEOMETRIES, TEXT_TOKENS
+from benchmarks.materials import GEOMETRIES, TEXT_TOKENS, Bucket
 from benchmarks.runs import ROOT
 from wanlora.foundation.files import write_text
 from wanlora.foundation.shapes import LatentShape
@@ -82,15 +83,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     block = make_block(geometry.sizes, device, rank=options.rank, kind=kind)
     if options.transposed:
         TransposedWeights(fast_layers(block).values()).keep()
+    inductor_config.coordinate_descent_tuning = options.tuned
+    inductor_config.combo_kernels = options.combined
     if not options.eager:
         compile_blocks([block], backend=compile_fx if options.compilers_choice else "inductor")
     dtype = torch.bfloat16 if options.residual == "bfloat16" else torch.float32
     measured = []
-    for bucket in geometry.buckets:
+    for bucket in _chosen(geometry.buckets, options.buckets):
         arguments = make_arguments(geometry.sizes, LatentShape.of(bucket.pixels), device, dtype)
         measured.append(measure(block, arguments, str(bucket.pixels), options.repeats, options.rank))
         print(_line(measured[-1], geometry.sizes), flush=True)
-    print("\n".join(_kernel_lines(measured[options.table])), flush=True)
+    print("\n".join(_kernel_lines(measured[min(options.table, len(measured) - 1)])), flush=True)
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     path = options.results / f"block-step-{options.geometry}-{options.name or stamp}.json"
     write_text(
@@ -110,10 +113,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--transposed", action="store_true", help="with --fp8_fast: keep the weights transposed, too")
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--compilers_choice", action="store_true", help="the compiler chooses what is kept")
+    parser.add_argument("--tuned", action="store_true", help="the compiler tries more shapes of its kernels")
+    parser.add_argument("--combined", action="store_true", help="the compiler joins kernels that are independent")
     parser.add_argument("--residual", choices=("float32", "bfloat16"), default="float32", help="the residual stream")
     parser.add_argument("--repeats", type=int, default=10, help="blocks in a row that are timed as one")
+    parser.add_argument("--buckets", nargs="+", help="only these, by their names, such as 768x416x21")
     parser.add_argument("--table", type=int, default=1, help="number of the bucket whose kernels are printed, from 0")
     return parser
+
+
+def _chosen(buckets: Sequence[Bucket], names: Sequence[str] | None) -> list[Bucket]:
+    """The buckets of these names, all for None. Raises `SystemExit` for a name that no bucket has."""
+    known = {str(bucket.pixels): bucket for bucket in buckets}
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise SystemExit(f"no bucket is called {unknown[0]}; known: {', '.join(known)}")
+    return [known[name] for name in names or known]
 
 
 def make_block(
@@ -282,7 +297,7 @@ def _product_kind(event: FunctionEvent, rank: int) -> str:
 def _kernel_kind(name: str) -> str:
     if _COPY.search(name):
         return "copy"
-    if _ATTENTION.search(name):
+    if _ATTENTION.search(name) and not name.startswith("triton_"):  # generated: only called after what it feeds
         return "attention"
     if _GENERATED.search(name):
         return "dequantise" if _is_dequantisation(name) else "pointwise"
@@ -323,6 +338,8 @@ def _conditions(options: argparse.Namespace, device: torch.device) -> dict[str, 
         "transposed": options.transposed,
         "compiled": not options.eager,
         "compilers_choice": options.compilers_choice,
+        "tuned": options.tuned,
+        "combined": options.combined,
         "residual": options.residual,
         "text_tokens": TEXT_TOKENS,
     }

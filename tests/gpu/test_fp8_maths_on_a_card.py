@@ -94,7 +94,7 @@ def test_compiled_and_streamed_layers_agree_with_plain_ones(kernel: Kernel) -> N
     expected = [run(x) for x in inputs]
     stream = BlockStream(list(blocks), 4, CARD)
     stream.attach()
-    compile_blocks(blocks)
+    compile_blocks(blocks, fullgraph=True)
     for x, (out, gradient) in zip(inputs, expected, strict=True):
         found, found_gradient = run(x)
         assert relative(found, out) < 0.005 and relative(found_gradient, gradient) < 0.02

@@ -80,7 +80,7 @@ class Run:
             torch.nn.init.normal_(weights.up, std=0.05)
         model.to(CARD).train()
         if compiled:
-            compile_blocks(model.blocks)
+            compile_blocks(model.blocks, fullgraph=True)
         self.batches_per_step = batches_per_step
         flat = FlatGroups([{"params": list(network.parameters()), "lr": 1e-2}])
         made = optimizer(flat.groups)
@@ -142,7 +142,7 @@ def recorded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "_BEHIND", 1e9)
 
 
-@pytest.mark.parametrize(("compiled", "batches_per_step"), [(False, 1), (True, 2)])
+@pytest.mark.parametrize(("compiled", "batches_per_step"), [(False, 1), (False, 2), (True, 1), (True, 2)])
 def test_replayed_passes_give_the_same_bits(
     compiled: bool, batches_per_step: int, monkeypatch: pytest.MonkeyPatch, recorded_at_once: None
 ) -> None:

@@ -352,7 +352,7 @@ def test_compiled_blocks_agree_with_plain_ones_streamed_or_not_whatever_they_kee
     stream.attach()
     for part in (model.patch_embedding, model.text_embedding, model.time_embedding, model.time_projection, model.head):
         part.to(CARD)
-    compile_blocks(blocks)
+    compile_blocks(blocks, fullgraph=True)
     model.run_block = runner = Recompute(blocks, stream=stream)
     assert len(runner.optional) == len(blocks)
     for kept in KEPT:

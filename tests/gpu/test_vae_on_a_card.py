@@ -1,5 +1,8 @@
 """The autoencoder as cards compute it: channels last, norm and SiLU in one kernel, latents copied back later, tiles."""
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +67,15 @@ def test_latents_that_are_fetched_late_are_those_of_their_clip(vae: WanVAE) -> N
     assert all(torch.equal(later.latents()[0], first) for later, first in zip(begun, at_once, strict=True))
 
 
+def needed(work: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """What `work` returns, and the bytes that it took at most beyond those that were taken before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = work()
+    return result, torch.cuda.max_memory_allocated() - before
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiles_give_the_same_with_less_memory(vae: WanVAE, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
@@ -72,32 +84,24 @@ def test_tiles_give_the_same_with_less_memory(vae: WanVAE, dtype: torch.dtype, m
     results: list[tuple[Tensor, Tensor]] = []
     peaks = []
     for tiling in (WHOLE, Tiling(3, 3), WHOLE, Tiling(3, 3)):  # kernels are chosen and checked in the first two
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        latents = vae.encode(pixels, tiling=tiling)
-        encoded = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        frames = vae.decode_unclamped(results[0][0] if results else latents, tiling=tiling)
-        peaks.append((encoded, torch.cuda.max_memory_allocated()))
+        latents, encoded = needed(partial(vae.encode, pixels, tiling=tiling))
+        frames, decoded = needed(partial(vae.decode_unclamped, results[0][0] if results else latents, tiling=tiling))
+        peaks.append((encoded, decoded))
         results.append((latents, frames))
     allowed = 1e-4 if dtype == torch.float32 else 0.03
     for tiled, whole in zip(results[1], results[0], strict=True):
         assert (tiled.float() - whole.float()).norm() < allowed * whole.float().norm()
-    assert all(tiled < 0.6 * whole for tiled, whole in zip(peaks[3], peaks[2], strict=True))
+    assert all(tiled < 0.6 * whole for tiled, whole in zip(peaks[3], peaks[2], strict=True)), peaks
 
 
 def test_a_card_that_is_full_gets_tiles(vae: WanVAE) -> None:
     vae = on_card(vae, torch.bfloat16)
     pixels = torch.randint(0, 256, (1, 3, 5, 480, 832), dtype=torch.uint8)
-    torch.cuda.reset_peak_memory_stats()
-    expected = FittedVAE(vae).encode(pixels)
-    whole = torch.cuda.max_memory_allocated()
+    expected, whole = needed(partial(FittedVAE(vae).encode, pixels))
     free = free_for_tensors(CARD)
     assert free is not None and 0 < free < torch.cuda.get_device_properties(CARD).total_memory
-    tiles = FittedVAE(vae, room=lambda device: 100 * 2**20)
-    torch.cuda.reset_peak_memory_stats()
-    latents = tiles.encode(pixels)
-    assert torch.cuda.max_memory_allocated() < 0.6 * whole
+    latents, tiled = needed(partial(FittedVAE(vae, room=lambda device: 100 * 2**20).encode, pixels))
+    assert tiled < 0.6 * whole
     assert (latents.float() - expected.float()).norm() < 0.03 * expected.float().norm()
 
 

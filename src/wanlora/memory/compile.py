@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wanlora.foundation.log import log
 from wanlora.memory.saving import Save
 
 _COMPILER = "torch._inductor.compile_fx"
@@ -83,8 +84,8 @@ def compile_blocks(
             continue
         kind = type(block)
         if kind not in compiled:
-            compile_with = partial(torch.compile, kind.forward, dynamic=dynamic, fullgraph=fullgraph)
-            compiled[kind] = CompiledForward(compile_with, backend=backend, mode=mode)
+            compile_with = partial(torch.compile, kind.forward, dynamic=dynamic)
+            compiled[kind] = CompiledForward(compile_with, backend=backend, mode=mode, one_graph=fullgraph)
         block.forward = MethodType(compiled[kind], block)
 
 
@@ -94,14 +95,24 @@ class CompiledForward:
     While training, every block's input needs a gradient: the first block's does not, and a graph of its own for that
     would take as long to compile as that for all others; the gradient that is computed for nothing is one part in
     several hundred of a step.
+
+    Where the compiler cannot make one graph of a block, or may not make another, it makes pieces with Python in
+    between, which is said; with `one_graph` its error is raised instead.
     """
 
     def __init__(
-        self, compile_with: Callable[..., Any], *, backend: str | Callable[..., Any], mode: str | None
+        self,
+        compile_with: Callable[..., Any],
+        *,
+        backend: str | Callable[..., Any],
+        mode: str | None,
+        one_graph: bool = False,
     ) -> None:
         self.compile_with = compile_with
         self.backend = backend
         self.mode = mode
+        self.one_graph = one_graph
+        self.in_pieces = False
         self._graphs: dict[Save, Callable[..., Any]] = {}
 
     @property
@@ -112,16 +123,40 @@ class CompiledForward:
     def __call__(self, block: nn.Module, x: Tensor, *args: Tensor, save: Save = "products") -> Any:
         if torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()
+        try:
+            return self._graph(save)(block, x, *args)
+        except Exception as error:
+            if self.one_graph or not _is_about_graphs(error):
+                raise
+            self._go_on_in_pieces(save, error)
         return self._graph(save)(block, x, *args)
 
     def _graph(self, save: Save) -> Callable[..., Any]:
         if save not in self._graphs:
+            compile_with = partial(self.compile_with, fullgraph=not self.in_pieces)
             self._graphs[save] = (
-                self.compile_with(backend=saving_backend(save, self.mode))
+                compile_with(backend=saving_backend(save, self.mode))
                 if self.chooses
-                else self.compile_with(backend=self.backend, mode=self.mode)
+                else compile_with(backend=self.backend, mode=self.mode)
             )
         return self._graphs[save]
+
+    def _go_on_in_pieces(self, save: Save, error: Exception) -> None:
+        """Nothing has been computed yet: the compiler raises while it looks at the code."""
+        if not self.in_pieces:
+            log.warning(
+                "a block does not compile into one graph; it is compiled in pieces, which takes more time and memory "
+                f"({str(error).strip().splitlines()[0]})"
+            )
+        self.in_pieces = True
+        del self._graphs[save]
+
+
+def _is_about_graphs(error: Exception) -> bool:
+    """Whether the compiler found something that it cannot trace, or made as many graphs as it may."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
+
+    return isinstance(error, Unsupported | FailOnRecompileLimitHit)
 
 
 def saving_backend(save: Save, mode: str | None) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ def test_every_bucket_is_measured_kept_and_recomputed(tmp_path: Path, flags: lis
         ("triton_poi_fused__to_copy_mul_unflatten_3", "dequantise"),
         ("triton_red_fused__to_copy_add_mul_rms_norm_4", "pointwise"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128", "attention"),
+        ("triton_red_fused__scaled_dot_product_cudnn_attention__to_copy_mul_2", "pointwise"),
         ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT", "matmul"),
         ("Memcpy DtoD (Device -> Device)", "copy"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>", "pointwise"),

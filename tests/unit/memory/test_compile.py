@@ -12,6 +12,7 @@ from tests.unit.memory.wan import ARGUMENTS, adapted_wan, losses_and_gradients, 
 from wanlora.memory.checkpointing import Kept, Recompute
 from wanlora.memory.compile import compile_blocks, importing_compiler, is_compiled, missing_compiler, restore_blocks
 from wanlora.memory.streaming import BlockStream
+from wanlora.models.wan.blocks import WanSelfAttention
 
 CPU = torch.device("cpu")
 
@@ -101,6 +102,40 @@ def test_the_cache_limit_is_what_was_asked_for_or_enough_for_all_ways_to_save(
     with torch._dynamo.config.patch(recompile_limit=before):
         compile_blocks([], cache_size_limit=asked)
         assert torch._dynamo.config.recompile_limit == expected
+
+
+def test_blocks_that_are_compiled_in_pieces_say_so_once_and_give_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, model = adapted_wan(2), adapted_wan(2)
+    expected = losses_and_gradients(plain, steps=2)
+    forward = WanSelfAttention.forward
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        torch._dynamo.graph_break("here")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(WanSelfAttention, "forward", broken)
+    compile_blocks(model.blocks, backend=(backend := _Backend()))
+    assert losses_and_gradients(model, steps=2) == expected
+    assert backend.graphs > 1
+    said = [record.message for record in caplog.records if "in pieces" in record.message]
+    assert len(said) == 1 and "graph_break" in said[0]
+    torch._dynamo.reset()
+    demanding = adapted_wan(2)
+    compile_blocks(demanding.blocks, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        train_step(demanding)
+
+
+def test_one_graph_more_than_may_be_kept_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    plain, model = adapted_wan(2), adapted_wan(2)
+    longer = (torch.randn(1, 16, 3, 4, 6), *ARGUMENTS[1:])
+    expected = [train_step(plain), train_step(plain, longer)]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        compile_blocks(model.blocks, backend="eager", dynamic=False, cache_size_limit=1)
+        assert [train_step(model), train_step(model, longer)] == expected
+    assert [record.message for record in caplog.records if "in pieces" in record.message]
 
 
 def test_a_machine_without_a_c_compiler_is_told_from_one_with(monkeypatch: pytest.MonkeyPatch) -> None:
