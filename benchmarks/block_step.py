@@ -36,7 +36,7 @@ from wanlora.models.wan.blocks import WanBlock
 from wanlora.models.wan.layers import text_rows
 from wanlora.models.wan.rope import rope_table
 from wanlora.models.wan.spec import WanSizes
-from wanlora.quantization.fast_linear import FastFp8Linear, fast_layers
+from wanlora.quantization.fast_linear import FastFp8Linear, layers_by_input
 from wanlora.quantization.linear import Fp8Linear
 from wanlora.quantization.transposed import TransposedWeights
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind = None if options.bf16 else FastFp8Linear if options.fp8_fast else Fp8Linear
     block = make_block(geometry.sizes, device, rank=options.rank, kind=kind)
     if options.transposed:
-        TransposedWeights(fast_layers(block).values()).keep()
+        TransposedWeights(layers_by_input(block)).keep()
     inductor_config.coordinate_descent_tuning = options.tuned
     inductor_config.combo_kernels = options.combined
     if not options.eager:

@@ -17,7 +17,8 @@ that has `across`, the same numbers transposed, reads those instead; they take a
 Layers of one input (queries, keys and values) have one gradient between them, the sum of theirs. It is one product:
 gradients side by side times transposed weights one below the other, with one scale for a token's whole row; what is
 small beside the rest may be rounded as coarsely as the rest. Two results less are written and read again, 8 bytes for
-each token and element of the width. Weights that are kept transposed are laid side by side each time, too.
+each token and element of the width. Weights are laid side by side for it each time, unless they are kept so
+(`transpose_together`).
 
 Nothing is saved but the weight, or `across` in its place, and the scales, which backward reads where they are by then
 (see `linear.py`). With `kernel` None a layer computes as `Fp8Linear` does, on the same weight.
@@ -78,11 +79,15 @@ class _ScaledLinear(torch.autograd.Function):
 
 
 class _ScaledLinears(torch.autograd.Function):
-    """`_ScaledLinear` of several layers for one input. `tensors`: weights, scales, biases; then transposed weights."""
+    """`_ScaledLinear` of several layers for one input.
+
+    `tensors`: weights, scales, biases; then transposed weights, if there are any, one by one or all side by side.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: Kernel, number: int, *tensors: Any) -> tuple[Tensor, ...]:
-        weights, scales, biases, across = (tensors[first : first + number] for first in range(0, 4 * number, number))
+        weights, scales, biases = (tensors[first : first + number] for first in range(0, 3 * number, number))
+        across = tensors[3 * number :]
         ctx.save_for_backward(*(across or weights), *scales)
         ctx.kernel = kernel
         ctx.transposed = len(across) > 0
@@ -91,8 +96,9 @@ class _ScaledLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # may be asked for once only
-        weights, scales = saved[: len(grads)], saved[len(grads) :]
-        across = torch.cat([weight if ctx.transposed else weight.t() for weight in weights], dim=1)
+        weights, scales = saved[: -len(grads)], saved[-len(grads) :]
+        parts = [weight if ctx.transposed else weight.t() for weight in weights]
+        across = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         unneeded = [None] * (len(ctx.needs_input_grad) - 1)
         return _gradient_across(grads, scales, across, ctx.kernel), *unneeded
 
@@ -102,7 +108,8 @@ class FastFp8Linear(Fp8Linear):
 
     `weight` e4m3 [out, in], both multiples of 16; `scale` float32 [out, 1, 1]; `bias` [out] in the compute dtype, or
     None. `kernel` says how (see `scaled_matmul.py`); None turns fp8 maths off and the weight is widened instead.
-    `across` is the weight transposed, e4m3 [in, out], once `transpose` has been called; no file holds it.
+    `across` is the weight transposed, e4m3 [in, out], once `transpose` has been called; no file holds it. After
+    `transpose_together` it is a part of `across_all` of the first of these layers, [in, sum of out].
     """
 
     def __init__(
@@ -121,7 +128,9 @@ class FastFp8Linear(Fp8Linear):
         super().__init__(weight, scale, bias, compute_dtype=compute_dtype)
         self.kernel = kernel
         self.across: Tensor | None
+        self.across_all: Tensor | None
         self.register_buffer("across", None, persistent=False)
+        self.register_buffer("across_all", None, persistent=False)
 
     @classmethod
     def quantized(
@@ -149,6 +158,9 @@ class FastFp8Linear(Fp8Linear):
         alike = all(layer.kernel == kernel for layer in layers) and len(across) in (0, len(layers))
         if kernel is None or not alike or not (torch.is_grad_enabled() and x.requires_grad):
             return tuple(layer(x) for layer in layers)
+        side_by_side = layers[0].across_all
+        if across and side_by_side is not None and side_by_side.shape[1] == sum(len(layer.weight) for layer in layers):
+            across = [side_by_side]
         tensors = chain.from_iterable(zip(*((layer.weight, layer.scale, layer.bias) for layer in layers), strict=True))
         outs: tuple[Tensor, ...] = _ScaledLinears.apply(x, kernel, len(layers), *tensors, *across)
         return outs
@@ -157,11 +169,36 @@ class FastFp8Linear(Fp8Linear):
         """Let backward read the weight transposed from now on, in as much memory again."""
         self.across = self.weight.detach().t().contiguous()
 
+    @staticmethod
+    def transpose_together(layers: "Sequence[FastFp8Linear]") -> None:
+        """`transpose` for layers of one input: side by side, as the gradient that they share needs them."""
+        layers[0].across_all = torch.cat([layer.weight.detach().t() for layer in layers], dim=1)
+        sizes = [len(layer.weight) for layer in layers]
+        for layer, part in zip(layers, layers[0].across_all.split(sizes, dim=1), strict=True):
+            layer.across = part
+
+    def forget_transposed(self) -> None:
+        """Let backward transpose the weight again."""
+        self.across = self.across_all = None
+
 
 def fast_layers(model: nn.Module) -> dict[str, FastFp8Linear]:
     """The layers of `model` that multiply in eight bits, by module path."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, FastFp8Linear)}
     return {name: layer for name, layer in found.items() if layer.kernel is not None}
+
+
+def layers_by_input(model: nn.Module) -> list[tuple[FastFp8Linear, ...]]:
+    """`fast_layers`, those together whose module says that they get the same input (`ONE_INPUT`)."""
+    fast = set(fast_layers(model).values())
+    groups: list[tuple[FastFp8Linear, ...]] = []
+    for module in model.modules():
+        named = [getattr(module, name) for name in getattr(module, "ONE_INPUT", ())]
+        layers = tuple(getattr(linear, "base", linear) for linear in named)
+        if len(layers) > 1 and fast.issuperset(layers):
+            groups.append(layers)
+            fast.difference_update(layers)
+    return [*groups, *((layer,) for layer in fast_layers(model).values() if layer in fast)]
 
 
 @contextmanager

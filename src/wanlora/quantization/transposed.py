@@ -6,21 +6,22 @@ it costs as many bytes as the weights, 13 GiB. The numbers are the same to the b
 any two passes. All layers have one or none: blocks share a compiled graph, and a graph reads the copies or makes them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from wanlora.quantization.fast_linear import FastFp8Linear
 
 
 class TransposedWeights:
-    """The transposed weights of `layers`; none are kept until `keep`."""
+    """The transposed weights of layers, given in groups of those that get one input; none are kept until `keep`."""
 
-    def __init__(self, layers: Iterable[FastFp8Linear]) -> None:
-        self.layers = tuple(layers)
+    def __init__(self, groups: Iterable[Sequence[FastFp8Linear]]) -> None:
+        self.groups = tuple(groups)
 
     @property
     def num_bytes(self) -> int:
         """What they take now."""
-        return sum(layer.across.numel() for layer in self.layers if layer.across is not None)
+        layers = (layer for group in self.groups for layer in group)
+        return sum(layer.across.numel() for layer in layers if layer.across is not None)
 
     @property
     def are_kept(self) -> bool:
@@ -28,15 +29,19 @@ class TransposedWeights:
         return self.num_bytes > 0
 
     def keep(self) -> None:
-        """Make them, one after another; an error leaves none."""
+        """Make them, one group after another; an error leaves none."""
         try:
-            for layer in self.layers:
-                layer.transpose()
+            for group in self.groups:
+                if len(group) > 1:
+                    FastFp8Linear.transpose_together(group)
+                else:
+                    group[0].transpose()
         except BaseException:
             self.drop()
             raise
 
     def drop(self) -> None:
         """Free their memory, between passes; backward transposes again."""
-        for layer in self.layers:
-            layer.across = None
+        for group in self.groups:
+            for layer in group:
+                layer.forget_transposed()

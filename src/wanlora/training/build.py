@@ -32,7 +32,7 @@ from wanlora.memory.placement import RestingPlace, streamed_indexes
 from wanlora.memory.streaming import BlockStream
 from wanlora.models.wan.checkpoint import load_transformer
 from wanlora.models.wan.transformer import WanTransformer
-from wanlora.quantization.fast_linear import fast_layers
+from wanlora.quantization.fast_linear import layers_by_input
 from wanlora.quantization.installer import Fp8Installer, Mode
 from wanlora.quantization.kept import KeptCopy
 from wanlora.quantization.scaled_matmul import missing_fp8_maths
@@ -129,7 +129,7 @@ def keep_transposed(config: MemoryConfig, model: WanTransformer) -> TransposedWe
 
     To be called when it is certain which layers those are.
     """
-    made = TransposedWeights(fast_layers(model).values())
+    made = TransposedWeights(layers_by_input(model))
     if config.fp8_fast_transposed != "on":
         return made
     try:

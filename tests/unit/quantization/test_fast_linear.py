@@ -10,9 +10,12 @@ from torch._functorch.compilers import make_boxed_compiler
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from tests.unit.quantization.test_fp8_linear import forward_and_gradient, recorded_saves
+from wanlora.lora.layers import LoRALinear
 from wanlora.memory.compile import compile_blocks
+from wanlora.models.wan.blocks import WanBlock
 from wanlora.models.wan.layers import project
-from wanlora.quantization.fast_linear import FastFp8Linear, fast_layers, wide_maths
+from wanlora.models.wan.spec import WanSizes
+from wanlora.quantization.fast_linear import FastFp8Linear, fast_layers, layers_by_input, wide_maths
 from wanlora.quantization.linear import Fp8Linear
 from wanlora.quantization.scaled_matmul import scaled_matmul
 from wanlora.quantization.transposed import TransposedWeights
@@ -176,26 +179,61 @@ def test_layers_of_one_input_are_asked_one_by_one_where_a_product_of_them_all_wo
     assert asked == 5 * layers
 
 
+@pytest.mark.parametrize("side_by_side", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_layers_of_one_input_read_their_transposed_weights_and_nothing_else_changes(compiled: bool) -> None:
+def test_layers_of_one_input_read_their_transposed_weights_and_nothing_else_changes(
+    compiled: bool, side_by_side: bool
+) -> None:
     layers, x = make_shared(), torch.randn(5, 128)
     expected = outputs_and_gradient(layers, x)
-    across = []
-    for layer in layers:
+    if side_by_side:
+        FastFp8Linear.transpose_together(layers)
+    for layer in layers if not side_by_side else ():
         layer.transpose()
-        assert layer.across is not None
-        across.append(layer.across)
+    across = [layers[0].across_all] if side_by_side else [layer.across for layer in layers]
     x.requires_grad_()
     torch._dynamo.reset()
     graph = torch.compile(lambda x: project(x, layers), backend="aot_eager_decomp_partition", fullgraph=True)
     with recorded_saves() as kept:
         outs = graph(x) if compiled else project(x, layers)
-    assert {tensor.data_ptr() for tensor in across} <= {tensor.data_ptr() for tensor in kept}
+    held = {tensor.data_ptr(): tuple(tensor.shape) for tensor in kept}
+    assert all(tensor is not None and held[tensor.data_ptr()] == tuple(tensor.shape) for tensor in across)
     for layer in layers:
         layer.weight.data.view(torch.uint8).zero_()  # backward has no need of it
     torch.stack([out.square().sum() for out in outs]).sum().backward()
     assert x.grad is not None and torch.equal(x.grad, expected[1])
     assert all(torch.equal(ours, plain) for ours, plain in zip(outs, expected[0], strict=True))
+
+
+def test_a_layer_alone_reads_its_part_of_what_lies_side_by_side() -> None:
+    layers, x = make_shared(), torch.randn(5, 128)
+    expected = [forward_and_gradient(layer, x) for layer in layers]
+    both = outputs_and_gradient(layers[:2], x)
+    FastFp8Linear.transpose_together(layers)
+    for layer, (out, grad) in zip(layers, expected, strict=True):
+        found = forward_and_gradient(layer, x)
+        assert torch.equal(found[0], out) and torch.equal(found[1], grad)
+    found_both = outputs_and_gradient(layers[:2], x)  # fewer than lie there
+    assert all(map(torch.equal, (*found_both[0], found_both[1]), (*both[0], both[1])))
+
+
+def test_layers_that_get_one_input_are_grouped_as_their_module_says() -> None:
+    sizes = WanSizes(dim=128, ffn_dim=96, num_layers=1, in_channels=4, out_channels=4, text_dim=32, freq_dim=32)
+    block = WanBlock(sizes, torch.bfloat16).requires_grad_(False)
+    for name, linear in [*block.named_modules()]:
+        if isinstance(linear, nn.Linear):
+            base = FastFp8Linear.quantized(linear)
+            block.set_submodule(
+                name, LoRALinear(base, rank=4, scale=1.0, generator=torch.Generator()) if "self_attn" in name else base
+            )
+    groups = layers_by_input(block)
+    names = {id(layer): name.removesuffix(".base") for name, layer in fast_layers(block).items()}
+    assert [names[id(layer)] for layer in groups[0]] == ["self_attn.q", "self_attn.k", "self_attn.v"]
+    assert sorted(names[id(layer)] for group in groups for layer in group) == sorted(names.values())
+    assert all(len(group) == 1 for group in groups[1:])
+    (k,) = (layer for layer in groups[0] if names[id(layer)] == "self_attn.k")
+    k.kernel = None  # this one multiplies in bfloat16
+    assert all(len(group) == 1 for group in layers_by_input(block)) and len(layers_by_input(block)) == len(names) - 1
 
 
 def make_blocks(number: int) -> list[nn.Sequential]:
@@ -229,7 +267,7 @@ def test_compiled_blocks_share_a_graph_with_transposed_weights_and_one_without(b
     torch._dynamo.reset()
     compile_blocks(blocks, backend=backend, fullgraph=True)
     expected = [forward_and_gradient(block, x) for block in blocks]
-    weights = TransposedWeights(layer for block in blocks for layer in fast_layers(block).values())
+    weights = TransposedWeights(group for block in blocks for group in layers_by_input(block))
     counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     weights.keep()
     for block, plain in zip(blocks, expected, strict=True):
@@ -252,7 +290,7 @@ def test_compiled_blocks_share_a_graph_with_transposed_weights_and_one_without(b
 
 def test_transposed_weights_are_counted_and_an_error_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [make_linear(), make_linear(96, 64)]
-    weights = TransposedWeights(layers)
+    weights = TransposedWeights([[layer] for layer in layers])
     assert not weights.are_kept
     weights.keep()
     assert weights.are_kept and weights.num_bytes == 128 * 96 + 96 * 64

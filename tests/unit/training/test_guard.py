@@ -39,7 +39,7 @@ class Card:
         self.capacity = capacity
         self.failures = 0
         self.layers = [make_linear(16, 32) for _ in range(2)]
-        self.guard.transposed = TransposedWeights(self.layers)
+        self.guard.transposed = TransposedWeights([self.layers])
         self.model.blocks[2].register_forward_hook(self._fail)
 
     def _fail(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:

@@ -43,6 +43,9 @@ class WanAttention(nn.Module):
 class WanSelfAttention(WanAttention):
     """Every video token attends to every other."""
 
+    ONE_INPUT = ("q", "k", "v")
+    """Linears that get the same input, and give it one gradient."""
+
     def forward(self, x_BLD: Tensor, rope_2Lk: Tensor) -> Tensor:
         q, k, v = project(x_BLD, (self.q, self.k, self.v))
         q = apply_rope(self.heads(self.norm_q(q)), rope_2Lk)
