@@ -62,8 +62,8 @@ class Measured:
     """Forward and backward with everything kept."""
     attention_ms: float | None
     """With attention kept and the rest recomputed; None where blocks cannot do that."""
-    recomputed_ms: float
-    """Forward, forward again, backward."""
+    recomputed_ms: float | None
+    """Forward, forward again, backward; None if it was left out."""
     host_ms: float
     """What the host needs to queue the block that is kept: below this no card is faster."""
     saved_bytes: int
@@ -85,13 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         TransposedWeights(layers_by_input(block)).keep()
     inductor_config.coordinate_descent_tuning = options.tuned
     inductor_config.combo_kernels = options.combined
+    inductor_config.cpp_wrapper = options.cpp_wrapper
     if not options.eager:
         compile_blocks([block], backend=compile_fx if options.compilers_choice else "inductor")
     dtype = torch.bfloat16 if options.residual == "bfloat16" else torch.float32
     measured = []
     for bucket in _chosen(geometry.buckets, options.buckets):
         arguments = make_arguments(geometry.sizes, LatentShape.of(bucket.pixels), device, dtype)
-        measured.append(measure(block, arguments, str(bucket.pixels), options.repeats, options.rank))
+        name = str(bucket.pixels)
+        measured.append(measure(block, arguments, name, options.repeats, options.rank, kept_only=options.kept_only))
         print(_line(measured[-1], geometry.sizes), flush=True)
     print("\n".join(_kernel_lines(measured[min(options.table, len(measured) - 1)])), flush=True)
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
@@ -114,8 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--compilers_choice", action="store_true", help="the compiler chooses what is kept")
     parser.add_argument("--tuned", action="store_true", help="the compiler tries more shapes of its kernels")
+    parser.add_argument("--cpp_wrapper", action="store_true", help="the compiler calls its kernels from C++")
     parser.add_argument("--combined", action="store_true", help="the compiler joins kernels that are independent")
     parser.add_argument("--residual", choices=("float32", "bfloat16"), default="float32", help="the residual stream")
+    parser.add_argument("--kept_only", action="store_true", help="leave out blocks that are recomputed")
     parser.add_argument("--repeats", type=int, default=10, help="blocks in a row that are timed as one")
     parser.add_argument("--buckets", nargs="+", help="only these, by their names, such as 768x416x21")
     parser.add_argument("--table", type=int, default=1, help="number of the bucket whose kernels are printed, from 0")
@@ -166,7 +170,9 @@ def make_arguments(
     return x_BLD, draw(1, 6, sizes.dim), text_BTD, rope_table(latent, sizes.head_dim, device)
 
 
-def measure(block: WanBlock, arguments: tuple[Tensor, ...], bucket: str, repeats: int, rank: int) -> Measured:
+def measure(
+    block: WanBlock, arguments: tuple[Tensor, ...], bucket: str, repeats: int, rank: int, *, kept_only: bool = False
+) -> Measured:
     """Time, count and profile one block."""
     x_BLD = arguments[0]
     grad_BLD = torch.randn_like(x_BLD)
@@ -189,8 +195,9 @@ def measure(block: WanBlock, arguments: tuple[Tensor, ...], bucket: str, repeats
         recompute(block, *arguments).backward(grad_BLD)
 
     kept_ms = milliseconds(kept, x_BLD.device, repeats)
-    attention_ms = milliseconds(attention_kept, x_BLD.device, repeats) if recompute.chooses else None
-    recomputed_ms = milliseconds(recomputed, x_BLD.device, repeats)
+    halves = recompute.chooses and not kept_only
+    attention_ms = milliseconds(attention_kept, x_BLD.device, repeats) if halves else None
+    recomputed_ms = None if kept_only else milliseconds(recomputed, x_BLD.device, repeats)
     kernels = device_kernels(kept, rank) if x_BLD.is_cuda else []
     kinds: dict[str, float] = dict.fromkeys(KINDS, 0.0) if kernels else {}
     for kind, _, _, taken in kernels:
@@ -313,9 +320,10 @@ def _line(one: Measured, sizes: WanSizes) -> str:
     shares = ", ".join(f"{kind} {taken:.2f}" for kind, taken in one.kinds_ms.items())
     per_token = one.saved_bytes / one.tokens
     attention = "" if one.attention_ms is None else f"attention kept {one.attention_ms:.3f} ms, "
+    recomputed = "" if one.recomputed_ms is None else f"recomputed {one.recomputed_ms:.3f} ms, "
     return (
-        f"{one.bucket} ({one.tokens} tokens): kept {one.kept_ms:.3f} ms, {attention}recomputed {one.recomputed_ms:.3f} "
-        f"ms, host {one.host_ms:.3f} ms, {sizes.num_layers} blocks {one.kept_ms * sizes.num_layers / 1000:.3f} s, "
+        f"{one.bucket} ({one.tokens} tokens): kept {one.kept_ms:.3f} ms, {attention}{recomputed}"
+        f"host {one.host_ms:.3f} ms, {sizes.num_layers} blocks {one.kept_ms * sizes.num_layers / 1000:.3f} s, "
         f"saved {per_token / 1024:.1f} KiB a token; {shares}"
     )
 
@@ -340,6 +348,7 @@ def _conditions(options: argparse.Namespace, device: torch.device) -> dict[str, 
         "compilers_choice": options.compilers_choice,
         "tuned": options.tuned,
         "combined": options.combined,
+        "cpp_wrapper": options.cpp_wrapper,
         "residual": options.residual,
         "text_tokens": TEXT_TOKENS,
     }
