@@ -8,15 +8,14 @@ from collections.abc import Iterable
 from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
-
-import av
-from av.video.reformatter import ColorRange, Colorspace
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from typing import TYPE_CHECKING
 
 from wanlora.foundation.errors import DataError
 from wanlora.foundation.files import atomic_path
 from wanlora.generation.pipeline import Frames
+
+if TYPE_CHECKING:  # libraries for media are imported where they write, because a start does without them
+    from av import VideoFrame
 
 WAN_FPS = 16
 """Frames per second that Wan 2.1 was trained on."""
@@ -57,6 +56,9 @@ def write_video(path: Path, frames: Frames, fps: float = WAN_FPS, *, recipe: str
 
     Raises `DataError` for odd sizes, which 4:2:0 cannot hold.
     """
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise DataError(f"{path.name}: a clip of {width}x{height} cannot be written as mp4; both sides must be even")
@@ -76,14 +78,20 @@ def write_video(path: Path, frames: Frames, fps: float = WAN_FPS, *, recipe: str
 
 def write_image(path: Path, frame: Frames, *, recipe: str = "") -> None:
     """Write [H, W, 3] uint8 as png."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
     text = PngInfo()
     text.add_itxt("comment", recipe)
     with atomic_path(path) as temporary:
         Image.fromarray(frame).save(temporary, format="png", pnginfo=text)
 
 
-def _video_frames(frames: Frames) -> Iterable[av.VideoFrame]:
+def _video_frames(frames: Frames) -> "Iterable[VideoFrame]":
     """Each picture in the encoder's colours, said explicitly: players assume BT.709 only for large clips."""
+    from av import VideoFrame
+    from av.video.reformatter import ColorRange, Colorspace
+
     for picture in frames:
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        frame = VideoFrame.from_ndarray(picture, format="rgb24")
         yield frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)

@@ -8,6 +8,7 @@ a variable of the graph unless `dynamic` says otherwise. With torch's own compil
 its backward (`saving.py`); there is one graph for each such way.
 """
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from wanlora.foundation.log import log
 from wanlora.memory.saving import Save
 
-_COMPILER = "torch._inductor.compile_fx"
+_TRACER, _COMPILER = "torch._dynamo", "torch._inductor.compile_fx"
 _C_COMPILERS = ("cc", "gcc", "clang", "cl")
 _TRITON_CAPABILITY = (7, 0)
 _GRAPHS = 32
@@ -42,24 +43,28 @@ keys, and their reads come from the cache.
 
 
 @contextmanager
-def importing_compiler(*, wanted: bool) -> Iterator[None]:
+def importing_compiler(*, whole: bool) -> Iterator[None]:
     """Import the compiler in a thread while the caller waits for something else (a checkpoint); it is there afterwards.
 
     It takes seconds, which `torch.compile` would otherwise take when blocks are made ready. An error shows there too.
+    Without `whole` only the part that traces: torch imports it in the first step in any case, to tell it that
+    recomputing and optimizers are none of its business.
     """
-    thread = threading.Thread(target=_import_compiler, daemon=True)
-    if wanted:
-        thread.start()
+    thread = threading.Thread(target=_import_compiler, args=(_COMPILER if whole else _TRACER,), daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        if wanted:
-            thread.join()  # modules that two threads import at once may be seen half made
+        thread.join()  # modules that two threads import at once may be seen half made
 
 
-def _import_compiler() -> None:
-    with suppress(Exception):
-        importlib.import_module(_COMPILER)
+def _import_compiler(module: str) -> None:
+    gc.disable()  # of the objects that are made hardly any are garbage, and looking for it takes a fifth of the time
+    try:
+        with suppress(Exception):
+            importlib.import_module(module)
+    finally:
+        gc.enable()
 
 
 def compile_blocks(

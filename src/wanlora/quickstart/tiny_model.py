@@ -19,6 +19,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from wanlora.foundation.blank import without_memory
 from wanlora.foundation.files import write_bytes
 from wanlora.foundation.random import Streams
 from wanlora.foundation.tensor_files import save_tensors
@@ -84,7 +85,7 @@ def make_tiny_wan(folder: Path, seed: int = 0) -> TinyWan:
 
 def transformer_weights(streams: Streams, sizes: WanSizes = SIZES) -> Tensors:
     """A transformer's tensors under their official names, float32."""
-    with torch.device("meta"):
+    with without_memory():
         model = WanTransformer(sizes)
     return _draw(_shapes(model), streams)
 

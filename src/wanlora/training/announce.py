@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-from PIL import Image, ImageDraw
-
 from wanlora.config.outputs import ValidationConfig
 from wanlora.config.train import TrainConfig
 from wanlora.data.checks import remarks
@@ -119,6 +117,8 @@ def level_shares(plan: TimestepPlan, latent: LatentShape) -> list[float]:
 
 def draw_bars(shares: list[float], path: Path) -> None:
     """A bar for each share, low noise on the left."""
+    from PIL import Image, ImageDraw  # no other start needs them
+
     width, height, margin = 32, 320, 24
     picture = Image.new("RGB", (width * len(shares) + 2 * margin, height + 2 * margin), "white")
     draw = ImageDraw.Draw(picture)

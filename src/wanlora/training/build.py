@@ -68,11 +68,12 @@ def build_trainee(
     dtype = compute_dtype(config.run.mixed_precision, prepared.transformer.dtypes[0], device)
     streamed = num_streamed(config.memory, device, prepared.transformer.sizes.num_layers)
     compiles = wants_compile(config.memory, device)
-    with importing_compiler(wanted=compiles and config.memory.compile_backend == "inductor"):
+    with importing_compiler(whole=compiles and config.memory.compile_backend == "inductor"):
         model = _load(config, prepared, device, dtype, streamed, quiet)
-    start.lap("weights")
-    network = _adapt(config.network, prepared, model, device, streams)
-    start.lap("adapters")
+        start.lap("weights")
+        network = _adapt(config.network, prepared, model, device, streams)
+        start.lap("adapters")
+    start.lap("compiler")
     stream = None
     if streamed or device.type == "cuda":  # where memory runs out, more blocks may be streamed than at first
         stream = BlockStream(

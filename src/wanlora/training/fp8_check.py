@@ -25,6 +25,7 @@ from wanlora.data.dataset import Batch, CachedBatches
 from wanlora.data.order import BatchSpec
 from wanlora.data.plan import DataPlan
 from wanlora.foundation.errors import few
+from wanlora.foundation.laps import start
 from wanlora.foundation.log import log
 from wanlora.foundation.shapes import LatentShape, PixelShape
 from wanlora.generation.pipeline import evaluating
@@ -171,7 +172,8 @@ def _loss(objective: FlowObjective, item: IndexedBatch) -> Tensor:
 def _if_it_fits(measure: Callable[[], Result], trainee: Trainee, batch: Batch) -> Result | None:
     """What `measure` gives; None, which is said, if the card's memory does not suffice for it."""
     try:
-        return measure()
+        with start.part(str(batch.pixels)):
+            return measure()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -57,7 +57,8 @@ class OptimizerChoice:
     def build(self, groups: ParameterGroups) -> Optimizer:
         """The optimizer over `groups`. Raises `ConfigError` when it refuses its arguments."""
         try:
-            return self.maker(groups, **self.arguments)
+            with _without_asking_compiler():
+                return self.maker(groups, **self.arguments)
         except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
             given = " ".join(f"{key}={value}" for key, value in self.arguments.items() if key != "lr")
             raise ConfigError(
@@ -74,7 +75,7 @@ def _adamw() -> Maker:
 def _adamw8bit() -> Maker:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("--optimizer_type adamw8bit needs bitsandbytes: pip install bitsandbytes; or use adamw")
-    with _without_notes_on_cpu_kernels(), _without_compiler():
+    with _without_notes_on_cpu_kernels(), _without_compilers():
         maker: Maker = importlib.import_module("bitsandbytes.optim").AdamW8bit
     return maker
 
@@ -91,18 +92,36 @@ def _without_notes_on_cpu_kernels() -> Iterator[None]:
 
 
 @contextmanager
-def _without_compiler() -> Iterator[None]:
+def _without_compilers() -> Iterator[None]:
     """While it is imported, bitsandbytes hands its kernels for processors to `torch.compile`, which loads the compiler.
 
     That takes more than a second, is needed by nothing of a card's, and costs a processor far more in compiling than
-    it saves; so these functions stay as they are written.
+    it saves; so these functions stay as they are written. Triton, which it imports too, makes nothing for CUDA there.
     """
-    compile_ = torch.compile
+    compile_, hides = torch.compile, "triton" not in sys.modules
     torch.compile = _as_it_is
+    if hides:
+        sys.modules["triton"] = None  # type: ignore[assignment]  # an import of it fails, as where there is none
     try:
         yield
     finally:
         torch.compile = compile_
+        if hides:
+            del sys.modules["triton"]
+
+
+@contextmanager
+def _without_asking_compiler() -> Iterator[None]:
+    """Let optimizers take their parameters without the compiler, which torch imports to tell it to stay out of that.
+
+    The import takes longer than all other checks of a start. No compiled code makes an optimizer here.
+    """
+    add = Optimizer.add_param_group
+    Optimizer.add_param_group = inspect.unwrap(add)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Optimizer.add_param_group = add  # type: ignore[method-assign]
 
 
 def _as_it_is(model: Any = None, **options: Any) -> Any:

@@ -1,6 +1,7 @@
 """Planning a run: for the card in this machine, or for one that is named."""
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
 
@@ -12,6 +13,7 @@ from wanlora.data.report import report_lines
 from wanlora.foundation.devices import find_device
 from wanlora.foundation.errors import ConfigError
 from wanlora.foundation.files import write_json
+from wanlora.foundation.laps import start
 from wanlora.foundation.log import log
 from wanlora.memory.cards import Card, detect_card, find_card
 from wanlora.memory.choices import Swapping, best_swapped, fits
@@ -57,6 +59,14 @@ def plan_run(config: PlannedConfig) -> None:
     if planning.json is not None:
         write_json(planning.json, plan_record(plan))
         log.info(f"saved {planning.json}")
+
+
+def card_to_start(config: TrainConfig) -> int | None:
+    """The number of the card that this process will use; None without one and where the flags are wrong."""
+    with start.part("card"), suppress(ConfigError):  # which is said with all else that is wrong
+        device = _device(config)
+        return device.index if device.type == "cuda" else None
+    return None
 
 
 def present_target(config: TrainConfig) -> Target:

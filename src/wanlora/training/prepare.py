@@ -19,9 +19,11 @@ from wanlora.config.train import MemoryConfig, ModelConfig, TrainConfig
 from wanlora.data.checks import check_caches
 from wanlora.data.plan import DataPlan, plan_datasets
 from wanlora.diffusion.timesteps import TimestepPlan, build_plan
+from wanlora.foundation.blank import without_memory
 from wanlora.foundation.devices import find_device
 from wanlora.foundation.dtypes import dtype_name
 from wanlora.foundation.errors import CheckpointError, ConfigError, Problems
+from wanlora.foundation.laps import start
 from wanlora.foundation.log import log, say_once
 from wanlora.foundation.tensor_files import open_tensors
 from wanlora.generation.requests import PreviewRequest, resolve_all
@@ -94,13 +96,14 @@ def prepare(config: TrainConfig, *, caches: bool = True) -> Prepared:
         found["resume"] = resume = _find_resume(config.saving)
         _check_same_optimizer(config.optimizer.optimizer_type, resume)
         _check_same_alpha(config, resume)
-    sizes = _check_model(config, problems, found)
+    with start.part("model"):
+        sizes = _check_model(config, problems, found)
     if _are_there(config.run.dataset_config):
-        with problems.collect():
+        with problems.collect(), start.part("data"):
             found["plan"] = _plan(config, problems, sizes, caches=caches)
-    with problems.collect():
+    with problems.collect(), start.part("previews"):
         found["requests"] = _check_previews(config, problems)
-    with problems.collect():
+    with problems.collect(), start.part("optimizer"):
         found["optimizer"] = _check_optimizer(config, problems)
     with problems.collect():
         found["timesteps"] = build_plan(**timestep_settings(config.timesteps))
@@ -160,7 +163,7 @@ def _inspect(model: ModelConfig) -> tuple[TransformerFile, WanTransformer]:
     with open_tensors(model.dit) as source:
         transformer = inspect_transformer(source)
         check_task(transformer, model.task)
-        with torch.device("meta"):
+        with without_memory():
             blank = WanTransformer(transformer.sizes)
         check_complete(source, transformer, blank)
     return transformer, blank

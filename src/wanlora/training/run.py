@@ -10,6 +10,7 @@ from wanlora.config.train import RunConfig, TrainConfig
 from wanlora.data.loader import make_loader
 from wanlora.data.order import BatchSpec, epoch_batches
 from wanlora.diffusion.weighting import LOSS_WEIGHTINGS
+from wanlora.foundation.driver import starting_card
 from wanlora.foundation.dtypes import parse_dtype
 from wanlora.foundation.errors import MemoryPlanError
 from wanlora.foundation.laps import start
@@ -40,7 +41,7 @@ from wanlora.training.objective import FlowObjective, Noise
 from wanlora.training.optimizers import ParameterGroups, set_mode, state_bytes
 from wanlora.training.pace import Pace
 from wanlora.training.plan import make_outlook
-from wanlora.training.planning import log_plan, present_target, settle
+from wanlora.training.planning import card_to_start, log_plan, present_target, settle
 from wanlora.training.position import last_step, steps_per_epoch
 from wanlora.training.prepare import Prepared, prepare
 from wanlora.training.previews import PreviewMaterials, Previews
@@ -63,9 +64,11 @@ def train(config: TrainConfig) -> None:
         return
     start.begin()
     start.lap("imports")
-    prepared = prepare(config)
+    with starting_card(card_to_start(config)):
+        prepared = prepare(config)
     announce(config, prepared)
-    target = present_target(config)
+    with start.part("card"):
+        target = present_target(config)
     config = settle(config, prepared, target)
     if config.run.dry_run:
         log_plan(config, prepared, target)

@@ -1,11 +1,14 @@
 """How commands end, and what the scripts offer."""
 
 import errno
+import gc
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -129,6 +132,28 @@ def test_ctrl_c_while_a_script_still_imports_is_130_too(capsys: Captured, monkey
     assert run_script("wanlora.cli.train_network", []) == 130 and console() == 130
     assert asked == ["wanlora.cli.train_network", "wanlora.cli.main"]
     assert "stopped by Ctrl-C" in capsys.readouterr().err
+
+
+def test_the_driver_looks_for_cards_while_the_trainer_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[object] = []
+
+    @contextmanager
+    def finding_cards(*, wanted: bool) -> Iterator[None]:
+        events.append(wanted)
+        yield
+        events.append("found")
+
+    def imported(name: str) -> SimpleNamespace:
+        assert not gc.isenabled()
+        events.append(name)
+        return SimpleNamespace(command=events.append)
+
+    monkeypatch.setattr("wanlora.cli.entry.finding_cards", finding_cards)
+    monkeypatch.setattr("importlib.import_module", imported)
+    run_script("trainer", ["--flag"], uses_card=True)
+    run_script("cacher", [])
+    assert events == [True, "trainer", "found", ["--flag"], False, "cacher", "found", []]
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("script", ["wan_train_network", "wan_cache_latents", "wan_cache_text_encoder_outputs"])

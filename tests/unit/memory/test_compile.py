@@ -1,5 +1,6 @@
 """Compiled blocks: one graph for all, beside streaming and recomputation."""
 
+import gc
 import shutil
 import threading
 from collections.abc import Callable
@@ -159,15 +160,17 @@ def test_the_compiler_is_imported_by_another_thread_and_is_there_afterwards(monk
 
     def import_module(name: str) -> None:
         assert began.wait(10)
-        imported.append((name, threading.current_thread()))
+        imported.append((name, threading.current_thread(), gc.isenabled()))
         raise ImportError("shown where it is used")
 
     monkeypatch.setattr("wanlora.memory.compile.importlib.import_module", import_module)
-    with importing_compiler(wanted=True):
+    with importing_compiler(whole=True):
         assert not imported
         began.set()
-    ((name, thread),) = imported
+    ((name, thread, collects),) = imported
     assert name == "torch._inductor.compile_fx" and thread is not threading.main_thread()
-    with importing_compiler(wanted=False):
+    assert not collects
+    with importing_compiler(whole=False):
         pass
-    assert len(imported) == 1
+    assert gc.isenabled()
+    assert [name for name, *_ in imported] == ["torch._inductor.compile_fx", "torch._dynamo"]

@@ -169,7 +169,7 @@ def test_the_hub_comes_last(
         asked.append((repository, name, local_files_only))
         return str(folder / name)
 
-    monkeypatch.setattr(text, "hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr(text, "has_sentencepiece", lambda: False)
     load_tokenizer(None, with_tokenizer_inside(tmp_path, spiece), offline=False)
     assert asked == [("google/umt5-xxl", "tokenizer.json", False)]
@@ -185,7 +185,7 @@ def test_without_a_tokenizer_the_error_says_what_to_fetch_and_where_to_put_it(
         assert local_files_only == offline
         raise LocalEntryNotFoundError("no route\nand more")
 
-    monkeypatch.setattr(text, "hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with pytest.raises(CheckpointError) as caught:
         load_tokenizer(None, t5, offline)
     message = str(caught.value)

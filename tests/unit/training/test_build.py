@@ -159,17 +159,17 @@ def test_compiling_is_the_default_only_on_cuda_with_a_compiler(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("flags", "wanted"),
+    ("flags", "whole"),
     [(["--compile"], True), (["--compile", "--compile_backend", "aot_eager"], False), (["--no_compile"], False)],
 )
-def test_the_compiler_is_imported_while_the_model_is_read_if_blocks_are_compiled_by_it(
-    checked: Checked, monkeypatch: pytest.MonkeyPatch, flags: list[str], wanted: bool
+def test_the_compiler_is_imported_while_the_model_is_read_the_whole_if_blocks_are_compiled_by_it(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch, flags: list[str], whole: bool
 ) -> None:
     events: list[object] = []
 
     @contextmanager
-    def importing_compiler(*, wanted: bool) -> Iterator[None]:
-        events.append(wanted)
+    def importing_compiler(*, whole: bool) -> Iterator[None]:
+        events.append(whole)
         yield
         events.append("imported")
 
@@ -180,7 +180,7 @@ def test_the_compiler_is_imported_while_the_model_is_read_if_blocks_are_compiled
     monkeypatch.setattr("wanlora.training.build.importing_compiler", importing_compiler)
     monkeypatch.setattr("wanlora.training.build._load", load)
     build(checked, *flags)
-    assert events == [wanted, "read", "imported"]
+    assert events == [whole, "read", "imported"]
 
 
 def test_recomputation_covers_all_blocks_with_gradient_checkpointing(checked: Checked) -> None:

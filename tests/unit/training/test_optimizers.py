@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import prodigyopt
@@ -49,9 +50,33 @@ def test_importing_the_8bit_optimizer_does_not_load_the_compiler() -> None:
     code = (
         "import sys, torch; before = torch.compile; from wanlora.training.optimizers import OPTIMIZERS; "
         "OPTIMIZERS.get('adamw8bit')(); assert torch.compile is before; "
-        "sys.exit('torch._inductor.compile_fx' in sys.modules)"
+        "sys.exit(bool({'torch._dynamo', 'torch._inductor.compile_fx', 'triton'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_triton_is_neither_imported_for_the_8bit_optimizer_nor_missing_afterwards(tmp_path: Path) -> None:
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("")
+    (tmp_path / "triton" / "language.py").write_text("")
+    code = (
+        "import sys, torch; from wanlora.training.optimizers import OPTIMIZERS; sys.path.append(sys.argv[1]); "
+        "OPTIMIZERS.get('adamw8bit')(); assert 'triton' not in sys.modules; "
+        "from torch.utils._triton import has_triton_package; assert has_triton_package()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_trying_an_optimizer_does_not_load_the_compiler() -> None:
+    code = (
+        "import sys, torch; from torch.optim import Optimizer; before = Optimizer.add_param_group; "
+        "from wanlora.training.optimizers import OptimizerChoice; choice = OptimizerChoice(name='adamw', "
+        "maker=torch.optim.AdamW); choice.build([{'params': [torch.nn.Parameter(torch.zeros(2))], 'name': 'unet'}]); "
+        "assert Optimizer.add_param_group is before; assert 'torch._dynamo' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "AdamW8bit", "bitsandbytes.optim.AdamW8bit"])

@@ -83,6 +83,39 @@ def test_weights_that_an_earlier_start_kept_train_alike(training_folder: Trainin
     assert "--quantized_cache changes nothing without --fp8_base or --fp8_scaled" in text
 
 
+_WATCHED = """
+import json, sys
+from contextlib import contextmanager
+from wanlora.cli.entry import run_script
+
+@contextmanager
+def importing_compiler(*, whole):
+    before = sorted(sys.modules)
+    yield
+    open(sys.argv[1], "w").write(json.dumps({"checks": before, "adapted": sorted(sys.modules)}))
+
+import wanlora.training.build
+wanlora.training.build.importing_compiler = importing_compiler
+sys.exit(run_script("wanlora.cli.train_network", sys.argv[2:]))
+"""
+
+
+def test_a_start_from_kept_weights_imports_nothing_that_it_does_not_need(training_folder: TrainingFolder) -> None:
+    kept, report = training_folder.folder / "kept", training_folder.folder / "modules.json"
+    flags = ["--max_train_steps", "1", "--fp8_base", "--fp8_scaled", "--mixed_precision", "bf16"]
+    flags += ["--quantized_cache", str(kept), "--optimizer_type", "adamw8bit"]
+    training_folder.train(training_folder.arguments("first", *flags))
+    command = [sys.executable, "-c", _WATCHED, str(report), *training_folder.arguments("second", *flags)]
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=here, check=True)
+    assert "the weights are those that an earlier start kept" in done.stderr
+    for moment, modules in json.loads(report.read_text()).items():
+        unneeded = {"torch._dynamo", "torch._inductor", "sympy", "triton", "tensorboard", "transformers", "diffusers"}
+        unneeded |= {"av", "cv2", "PIL", "ftfy", "huggingface_hub", "tokenizers"}
+        assert not unneeded & set(modules), moment
+        assert "bitsandbytes" in modules
+
+
 def test_validation_is_logged_and_changes_no_step(training_folder: TrainingFolder) -> None:
     common = ["--max_train_steps", "9", "--save_state", "--network_dropout", "0.5", "--optimizer_type", "adamw"]
     training_folder.train(training_folder.arguments("plain", *common))

@@ -87,7 +87,7 @@ class WanBlock(nn.Module):
             nn.GELU(approximate="tanh"),
             nn.Linear(sizes.ffn_dim, sizes.dim, dtype=dtype),
         )
-        self.modulation = nn.Parameter(torch.randn(1, 6, sizes.dim) / sizes.dim**0.5)
+        self.modulation = nn.Parameter(nn.init.normal_(torch.empty(1, 6, sizes.dim), std=sizes.dim**-0.5))
 
     def forward(self, x_BLD: Tensor, time_B6D: Tensor, text_BTD: Tensor, rope_2Lk: Tensor) -> Tensor:
         """`time_B6D` is float32; the other dtypes say what the block computes in (see the module's text)."""

@@ -8,7 +8,7 @@ what becomes of it (`install`: quantised weights) while it is the only one in ha
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from wanlora.foundation.blank import without_memory
 from wanlora.foundation.dtypes import dtype_name
 from wanlora.foundation.errors import CheckpointError
 from wanlora.foundation.log import log, say_once
@@ -27,7 +28,7 @@ from wanlora.models.wan.detect import FAMILIES, check_fits_task, family_of
 from wanlora.models.wan.keys import diffusers_to_official, find_prefix
 from wanlora.models.wan.layers import Float32Linear
 from wanlora.models.wan.recognise import describe
-from wanlora.models.wan.scaled import FP8_DTYPES, dequantise
+from wanlora.models.wan.scaled import FP8_DTYPES, dequantise, require_scale
 from wanlora.models.wan.spec import TASKS, WanSizes
 from wanlora.models.wan.transformer import WanTransformer
 from wanlora.models.wan.weights import put, require_names, require_shapes
@@ -143,7 +144,7 @@ def load_transformer(
     with open_tensors(path) as source:
         file = inspect_transformer(source)
         check_task(file, task)
-        with torch.device("meta"):
+        with without_memory():
             model = WanTransformer(file.sizes, compute_dtype=dtype, residual_dtype=residual_dtype, attention=attention)
         check_complete(source, file, model)
         place = device if callable(device) else partial(_always, torch.device(device))
@@ -185,8 +186,7 @@ def _check_formats(source: TensorSource, tensors: Mapping[str, str], scales: Map
                 "not read here; use the bf16, fp16, fp8 or fp8_scaled version of the model"
             )
     for name in scales.keys() & tensors.keys():
-        shapes = (source.shape(tensors[name]), source.shape(scales[name]))
-        _scaled(f"{source.path}: {name}", *(torch.empty(shape, device="meta") for shape in shapes))
+        _spread(f"{source.path}: {name}", source.shape(tensors[name]), source.shape(scales[name]))
 
 
 def _dtypes_by_share(source: TensorSource, tensors: Mapping[str, str]) -> tuple[torch.dtype, ...]:
@@ -234,14 +234,26 @@ def _adjusted(adjust: Adjust, name: str, tensor: Tensor, scale: Tensor | None) -
 
 def _scaled(name: str, weight: Tensor, scale: Tensor) -> Tensor:
     """The weight that is meant, in float32. A scale for blocks of rows is first spread over the rows."""
-    if weight.ndim == scale.ndim == 2 and len(weight) % len(scale) == 0:
-        scale = scale.repeat_interleave(len(weight) // len(scale), dim=0)
+    times = _spread(name, weight.shape, scale.shape)
+    return dequantise(weight, (scale.repeat_interleave(times, dim=0) if times > 1 else scale).float())
+
+
+def _spread(name: str, weight: Sequence[int], scale: Sequence[int]) -> int:
+    """How many rows of a weight a row of its scale is for. Raises `CheckpointError` if their shapes do not fit.
+
+    Told from the shapes alone: on tensors of the meta device the same sums would make torch import its compiler.
+    """
+    times = 1
+    if len(weight) == len(scale) == 2 and scale[0] and weight[0] % scale[0] == 0:
+        times = weight[0] // scale[0]
+        scale = (weight[0], scale[1])
     try:
-        if scale.ndim > 2 and scale.shape[2:] != (1,):
-            raise ValueError(f"a scale of shape {tuple(scale.shape)} is of no known kind")
-        return dequantise(weight, scale.float())
+        if len(scale) > 2 and tuple(scale[2:]) != (1,):
+            raise ValueError(f"a scale of shape {tuple(scale)} is of no known kind")
+        require_scale(weight, scale)
     except ValueError as error:
         raise CheckpointError(f"{name} cannot be scaled: {error}; use another version of the model") from error
+    return times
 
 
 def _num_bytes(source: TensorSource, stored: str) -> int:

@@ -105,7 +105,7 @@ class Head(nn.Module):
         super().__init__()
         self.norm = LayerNorm(dim, eps, elementwise_affine=False)
         self.head = Float32Linear(dim, out_channels * PATCH**2)
-        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.modulation = nn.Parameter(nn.init.normal_(torch.empty(1, 2, dim), std=dim**-0.5))
 
     def forward(self, x_BLD: Tensor, time_BD: Tensor) -> Tensor:
         """`time_BD` is the time embedding itself, not its projection."""

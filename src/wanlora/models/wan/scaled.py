@@ -5,6 +5,9 @@ ComfyUI's `fp8_scaled` files keep `X.weight` in an 8-bit float and the number it
 Plain fp8 files have no scales. Other 8-bit and 4-bit formats use the same names and are refused.
 """
 
+from collections.abc import Sequence
+from math import prod
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -41,10 +44,17 @@ def dequantise(weight_OI: Tensor, scale: Tensor) -> Tensor:
 
     Raises `ValueError` for any other shape.
     """
-    rows, columns = weight_OI.shape
+    require_scale(weight_OI.shape, scale.shape)
+    rows = len(weight_OI)
     if scale.numel() == 1:
         return weight_OI.float() * scale.reshape(())
-    if scale.shape[0] != rows or scale.numel() % rows or columns % (scale.numel() // rows):
-        raise ValueError(f"a scale of shape {tuple(scale.shape)} does not fit a weight of shape {(rows, columns)}")
     blocks = rearrange(weight_OI.float(), "o (blocks i) -> o blocks i", blocks=scale.numel() // rows)
     return rearrange(blocks * scale.reshape(rows, -1, 1), "o blocks i -> o (blocks i)")
+
+
+def require_scale(weight: Sequence[int], scale: Sequence[int]) -> None:
+    """Raise `ValueError` unless a scale of one shape fits a weight of the other (see `dequantise`)."""
+    rows, columns = weight
+    count = prod(scale)
+    if count != 1 and (scale[0] != rows or count % rows or columns % (count // rows)):
+        raise ValueError(f"a scale of shape {tuple(scale)} does not fit a weight of shape {(rows, columns)}")

@@ -9,10 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import ftfy
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -39,6 +36,8 @@ _SHOWN = 60
 
 def clean(text: str) -> str:
     """A prompt as Wan was trained on it: repaired Unicode, plain characters for HTML's, single spaces."""
+    import ftfy  # where no prompt is encoded, a start does without it
+
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
 
@@ -136,6 +135,9 @@ def _embedded(t5_path: Path) -> Tokenizer | None:
 
 
 def _from_hub(t5_path: Path, offline: bool) -> Path:
+    from huggingface_hub import hf_hub_download  # hardly ever needed, and slow to import
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
     try:
         return Path(hf_hub_download(_REPOSITORY, _FILES[0], local_files_only=offline))
     except (OSError, ValueError, EntryNotFoundError, HfHubHTTPError) as error:

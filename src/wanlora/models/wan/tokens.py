@@ -9,8 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-import tokenizers
-
 from wanlora.foundation.errors import CheckpointError, ConfigError
 
 PAD_ID = 0
@@ -31,6 +29,8 @@ class JsonTokenizer:
     """A `tokenizer.json`. Raises `CheckpointError` for a broken file and for another model's tokenizer."""
 
     def __init__(self, path: Path) -> None:
+        import tokenizers
+
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
         except Exception as error:  # the library raises nothing more specific

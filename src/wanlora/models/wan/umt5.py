@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from wanlora.foundation.blank import without_memory
 from wanlora.foundation.errors import CheckpointError, ConfigError
 from wanlora.foundation.tensor_files import TensorSource, open_tensors
 from wanlora.models.wan.recognise import describe, file_kind
@@ -187,7 +188,7 @@ def load_umt5(
         model = _empty(_sizes(source, names))
         require_names(path, _WHAT, model.state_dict(), names)
         require_shapes(source, _WHAT, model, names)
-        with torch.device("meta"):
+        with without_memory():
             model = UMT5Encoder(model.sizes, fp8=fp8)
         for name, stored_name in names.items():
             _install(model, name, read_weight(source, stored_name, torch.device(device)), dtype)
@@ -205,7 +206,7 @@ def _install(model: UMT5Encoder, name: str, weight: Tensor, dtype: torch.dtype) 
 
 
 def _empty(sizes: UMT5Sizes) -> UMT5Encoder:
-    with torch.device("meta"):
+    with without_memory():
         return UMT5Encoder(sizes)
 
 

@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from wanlora.foundation.blank import without_memory
 from wanlora.foundation.errors import CheckpointError, DataError
 from wanlora.foundation.shapes import WAN21_STRIDE, LatentShape, PixelShape, floor_to_latent_frames
 from wanlora.foundation.tensor_files import TensorSource, open_tensors
@@ -195,7 +196,7 @@ def load_vae(
     with open_tensors(path) as source:
         names = _names(source)
         sizes = VAESizes(base=source.shape(names["encoder.conv1.weight"])[0], z=source.shape(names["conv2.weight"])[0])
-        with torch.device("meta"):
+        with without_memory():
             vae = WanVAE(sizes, cache_on_cpu=cache_on_cpu)
         require_shapes(source, _WHAT, vae, names)
         fill(vae, source, names, device=torch.device(device), dtype=dtype)
@@ -219,7 +220,7 @@ def _names(source: TensorSource) -> Mapping[str, str]:
         raise CheckpointError(
             f"{source.path} {describe(source.names)}; --vae needs {_WHAT} (Wan2.1_VAE.pth or wan_2.1_vae.safetensors)"
         )
-    with torch.device("meta"):
+    with without_memory():
         official = list(WanVAE().state_dict())
     spellings = [{name: spell(name) for name in official} for spell in (str, diffusers_name)]
     names = max(spellings, key=lambda spelling: len(set(spelling.values()) & set(source.names)))
