@@ -1,7 +1,7 @@
 """What only a card can show: copies that run beside the computation, page-locked memory, compiled kernels."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -106,6 +106,72 @@ def test_streaming_changes_no_bit(num_streamed: int, ring_size: int, pin: bool) 
     with torch.no_grad():
         assert torch.equal(model(torch.ones(4, WIDTH, device=CARD)), model(torch.ones(4, WIDTH, device=CARD)))
     assert {parameter.device for parameter in model.parameters()} == {CARD}
+
+
+@pytest.mark.parametrize("num_tokens", [4, 512])
+def test_resizing_the_ring_while_steps_before_are_under_way_changes_no_bit(num_tokens: int) -> None:
+    """Freed buffers become activations at once, and activations buffers."""
+    rings = [2, NUM_BLOCKS, 5, 2, NUM_BLOCKS, 1, 3] * 5
+
+    def steps(model: Tower, resize: Callable[[int], None]) -> list[Tensor]:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3)
+        torch.manual_seed(1)
+        inputs = [torch.randn(num_tokens, WIDTH, device=CARD) for _ in range(7)]
+        losses = []
+        torch.cuda.synchronize()
+        torch.cuda._sleep(1_000_000_000)  # half a second of the card's time: the host gets far ahead
+        for number, ring in enumerate(rings):
+            resize(ring)
+            optimizer.zero_grad()
+            loss = model(inputs[number % 7]).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return losses
+
+    expected = [loss.item() for loss in steps(Tower().to(CARD), lambda ring: None)]
+    model = Tower()
+    stream = BlockStream(list(model.blocks), NUM_BLOCKS, CARD)
+    stream.attach()
+    assert [loss.item() for loss in steps(model, stream.resize)] == expected
+
+
+def test_a_ring_that_shrinks_gives_its_memory_back() -> None:
+    model = Tower()
+    stream = BlockStream(list(model.blocks), NUM_BLOCKS, CARD)
+    stream.attach()
+    least = torch.cuda.memory_allocated(CARD)
+    stream.resize(NUM_BLOCKS)
+    grown = torch.cuda.memory_allocated(CARD) - least
+    more = (NUM_BLOCKS - 2) * BLOCK_BYTES
+    assert more < grown < 1.25 * more
+    train(model, steps=2)
+    copies = stream.copies
+    train(model, steps=2)
+    assert stream.copies == copies
+    held = torch.cuda.memory_allocated(CARD)
+    stream.resize(2)
+    assert more < held - torch.cuda.memory_allocated(CARD) < 1.25 * more
+
+
+def test_resizing_the_ring_does_not_wait_for_the_card() -> None:
+    model = Tower()
+    stream = BlockStream(list(model.blocks), NUM_BLOCKS, CARD)
+    stream.attach()
+    x = torch.randn(512, WIDTH, device=CARD)
+    for ring in (NUM_BLOCKS, 2):  # so that the allocator has the memory
+        stream.resize(ring)
+        model(x).square().mean().backward()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000_000)
+    for ring in (NUM_BLOCKS, 2):
+        stream.resize(ring)
+        model(x).square().mean().backward()
+    queued = torch.cuda.Event()
+    queued.record()
+    assert not queued.query()
+    torch.cuda.synchronize()
 
 
 def test_many_short_passes_in_a_row_never_read_a_block_that_is_still_on_its_way() -> None:

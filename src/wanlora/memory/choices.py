@@ -3,11 +3,17 @@
 Swapping a block frees memory in which others keep what they computed, and costs a copy forward and one backward. Where
 copies hide behind the computation, more swapped blocks than suffice can be faster; where a small size computes less
 than is copied, they are not. So numbers of swapped blocks are tried, each with what every size of the data would keep
-and take, and the whole data set decides.
+and take.
+
+Sizes may have numbers of their own (`residency.py`). Left to itself, each would take its best. But batches come in any
+order, and what a large one has driven off the card has to be copied again for the small one behind it. So the numbers
+are bounded: none takes more than a common bound, unless it does not fit otherwise, and the bound with which the whole
+data set takes least time is the one.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from wanlora.memory.cards import Card
 from wanlora.memory.outlook import Load, Outlook
@@ -15,6 +21,10 @@ from wanlora.memory.outlook import Load, Outlook
 WORTH = 0.02
 """A part of the time below this is not worth more swapped blocks, or another setting."""
 
+_WORTH_FOR_A_SIZE = 0.005
+"""The same for more swapped blocks of one size, which wait on the host in any case."""
+_WORTH_OF_SIZES = 0.01
+"""The same for numbers of their own."""
 Batches = Mapping[Load, int]
 """How often each size comes."""
 
@@ -24,10 +34,19 @@ class Swapping:
     """A number of swapped blocks, and why it was taken."""
 
     number: int
+    """The largest, where sizes have their own."""
     fewest: int
     """That would fit."""
     gain: float = 0.0
-    """The part of the time of `fewest` that `number` is foretold to spare."""
+    """The part of the time that is foretold to be spared: of that with `fewest`, or with `alike` if there is one."""
+    by_size: Mapping[Load, int] = field(default_factory=dict)
+    """Where sizes have numbers of their own."""
+    alike: int | None = None
+    """Then: the best number if all sizes had the same."""
+
+    def applied(self, outlook: Outlook) -> Outlook:
+        """`outlook` with so many blocks swapped."""
+        return replace(outlook, swapped=self.number, by_size=self.by_size)
 
 
 def fits(outlook: Outlook, loads: Iterable[Load], room: int, *, besides: int = 0) -> bool:
@@ -39,34 +58,84 @@ def fewest_swapped(outlook: Outlook, loads: Iterable[Load], room: int, *, beside
     """The smallest number of swapped blocks that satisfies `fits`; None if none does."""
     listed = list(loads)
     numbers = range(outlook.num_blocks - outlook.ring + 1)
-    return next(
-        (number for number in numbers if fits(replace(outlook, swapped=number), listed, room, besides=besides)), None
-    )
+    return next((number for number in numbers if fits(_alike(outlook, number), listed, room, besides=besides)), None)
 
 
 def total_seconds(outlook: Outlook, batches: Batches, room: int, card: Card) -> float:
-    """About how long all batches take, with as much kept as `room` bytes allow."""
-    times = {load: outlook.seconds(load, card, kept=outlook.most_kept(load, room)) for load in batches}
-    return sum(count * times[load] for load, count in batches.items())
+    """About how long all batches take in an order of chance, with as much kept as `room` bytes allow."""
+    kept = {load: outlook.most_kept(load, room) for load in batches}
+    before = Counter[int]()
+    for load, count in batches.items():
+        before[outlook.buffers(load)] += count
+    one_of = {outlook.buffers(load): load for load in batches}
+    shares = [(one_of[buffers], count / before.total()) for buffers, count in before.items()]
+    return sum(
+        count * share * outlook.seconds(load, card, kept=kept[load], before=former)
+        for load, count in batches.items()
+        for former, share in shares
+    )
 
 
 def best_swapped(
     outlook: Outlook, batches: Batches, room: int, card: Card | None, *, besides: int = 0, host: int | None = None
 ) -> Swapping | None:
-    """The number of swapped blocks with which all batches take least time; None if no number fits.
+    """The numbers of swapped blocks with which all batches take least time; None if none fit.
 
     Less than `WORTH` is nothing: then fewer blocks are swapped. More than the fewest are swapped only if swapped blocks
-    and offloaded inputs take at most `host` bytes of system memory, and only on a `card` whose rates are known.
+    and offloaded inputs take at most `host` bytes of system memory, and only on a `card` whose rates are known. Sizes
+    have numbers of their own where that is worth it, and where steps are not on several batches, of any sizes.
     """
     fewest = fewest_swapped(outlook, batches, room, besides=besides)
     if fewest is None or card is None:
         return None if fewest is None else Swapping(number=fewest, fewest=fewest)
-    tried = [replace(outlook, swapped=number) for number in range(fewest, outlook.num_blocks - outlook.ring + 1)]
+    tried = [_alike(outlook, number) for number in range(fewest, outlook.num_blocks - outlook.ring + 1)]
     possible = [one for one in tried if one.swapped == fewest or host is None or host_bytes(one, batches) <= host]
     seconds = {one.swapped: total_seconds(one, batches, room, card) for one in possible}
     enough = min(seconds.values()) / (1 - WORTH)
     number = next(number for number, taken in seconds.items() if taken <= enough)
-    return Swapping(number=number, fewest=fewest, gain=1 - seconds[number] / seconds[fewest] if number > fewest else 0)
+    gain = 1 - seconds[number] / seconds[fewest] if number > fewest else 0
+    alike = Swapping(number=number, fewest=fewest, gain=gain)
+    if len(batches) == 1 or outlook.accumulates:
+        return alike
+    # Blocks of plain autograd that wait on the host are recomputed for all sizes, so no more are to wait.
+    most = possible[-1].swapped if outlook.maths.compiled else number
+    least = min(seconds, key=lambda number: seconds[number])
+    return _by_size(outlook, batches, room, card, most=most, alike=replace(alike, number=least)) or alike
+
+
+def _alike(outlook: Outlook, number: int) -> Outlook:
+    """So many blocks swapped for every size."""
+    return replace(outlook, swapped=number, by_size={})
+
+
+def _by_size(outlook: Outlook, batches: Batches, room: int, card: Card, most: int, alike: Swapping) -> Swapping | None:
+    """Numbers of their own up to `most`; None if that spares too little of the time with the best one for all."""
+    fewest, best = {}, {}
+    for load in batches:
+        fewest[load], best[load] = _best_for(replace(outlook, swapped=most), load, room, card)
+    chosen, taken = Swapping(number=0, fewest=0), float("inf")
+    for bound in range(max(best.values()) + 1):
+        numbers = {load: min(best[load], max(bound, fewest[load])) for load in batches}
+        swapping = Swapping(number=max(alike.fewest, *numbers.values()), fewest=alike.fewest, by_size=numbers)
+        seconds = total_seconds(swapping.applied(outlook), batches, room, card)
+        if seconds < taken:
+            chosen, taken = swapping, seconds
+    compared = total_seconds(_alike(outlook, alike.number), batches, room, card)
+    gain = 1 - taken / compared
+    return replace(chosen, gain=gain, alike=alike.number) if gain > _WORTH_OF_SIZES else None
+
+
+def _best_for(outlook: Outlook, load: Load, room: int, card: Card) -> tuple[int, int]:
+    """The fewest swapped blocks with which such a batch fits, and the number with which one after another of them takes
+    least time."""
+    tried = [replace(outlook, by_size={load: number}) for number in range(outlook.swapped + 1)]
+    seconds = {
+        one.by_size[load]: one.seconds(load, card, kept=one.most_kept(load, room))
+        for one in tried
+        if one.peak(load) <= room
+    }
+    enough = min(seconds.values()) / (1 - _WORTH_FOR_A_SIZE)
+    return min(seconds), next(number for number, taken in seconds.items() if taken <= enough)
 
 
 def host_bytes(outlook: Outlook, loads: Iterable[Load]) -> int:
@@ -82,9 +151,9 @@ def cures(
     found: dict[str, Outlook] = {}
     for flags, candidate in _changes(outlook).items():
         if card is None and fits(candidate, batches, room):
-            found |= _named(flags, outlook, candidate, candidate.swapped)
+            found |= _named(flags, outlook, candidate)
         elif choice := best_swapped(candidate, batches, room, card, host=host):
-            found |= _named(flags, outlook, candidate, choice.number)
+            found |= _named(flags, outlook, choice.applied(candidate))
 
     def order(entry: tuple[str, Outlook]) -> float:
         return entry[1].swapped if card is None else total_seconds(entry[1], batches, room, card)
@@ -96,7 +165,7 @@ def faster(
     outlook: Outlook, batches: Batches, room: int, card: Card, *, besides: int = 0, host: int | None = None
 ) -> dict[str, float]:
     """Settings that fit and are foretold to be worth their while, by the flags to type, with the part of the time that
-    they spare: another number of swapped blocks, and inputs of recomputed blocks on the host if that spares more."""
+    they spare: other numbers of swapped blocks, and inputs of recomputed blocks on the host if that spares more."""
     present = best = total_seconds(outlook, batches, room, card)
     found: dict[str, float] = {}
     offload = "--gradient_checkpointing_cpu_offload"
@@ -107,20 +176,21 @@ def faster(
         choice = best_swapped(candidate, batches, room, card, besides=besides, host=host)
         if choice is None:
             continue
-        changed = replace(candidate, swapped=choice.number)
+        changed = choice.applied(candidate)
         seconds = total_seconds(changed, batches, room, card)
         if seconds > (1 - WORTH) * best or (host is not None and host_bytes(changed, batches) > host):
             continue
         best = seconds
-        found |= dict.fromkeys(_named(flags, outlook, candidate, choice.number), 1 - seconds / present)
+        found |= dict.fromkeys(_named(flags, outlook, changed), 1 - seconds / present)
     return found
 
 
-def _named(flags: str, outlook: Outlook, candidate: Outlook, number: int) -> dict[str, Outlook]:
-    """A candidate with so many blocks swapped, by all flags that lead to it; nothing if there are none."""
-    swap = "" if number == outlook.swapped else f"--blocks_to_swap {number}"
+def _named(flags: str, outlook: Outlook, changed: Outlook) -> dict[str, Outlook]:
+    """What `outlook` is changed to, by all flags that lead to it; nothing if there are none."""
+    same = (changed.swapped, changed.by_size) == (outlook.swapped, outlook.by_size)
+    swap = "" if same else f"--blocks_to_swap {'auto' if changed.by_size else changed.swapped}"
     name = " ".join(part for part in (flags, swap) if part)
-    return {name: replace(candidate, swapped=number)} if name else {}
+    return {name: changed} if name else {}
 
 
 def _changes(outlook: Outlook) -> Mapping[str, Outlook]:

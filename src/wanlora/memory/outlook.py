@@ -6,8 +6,8 @@ run is set up: other settings are other values, so looking for better settings i
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from wanlora.memory.cards import Card, copy_seconds, work_seconds
 from wanlora.memory.checkpointing import Kept
@@ -38,6 +38,12 @@ class Load:
     batch: int = 1
 
 
+def number_for(load: Load, numbers: Mapping[Load, int]) -> int | None:
+    """Its own of `numbers`; for the last batch of an epoch, which may be smaller, that of whole ones; else None."""
+    alike = [other for other in numbers if other.tokens == load.tokens and other.batch >= load.batch]
+    return numbers[min(alike, key=lambda other: other.batch)] if alike else None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outlook:
     """How a run is set up, as far as memory and time depend on it."""
@@ -50,8 +56,11 @@ class Outlook:
     """What the optimizer remembers of each."""
     swapped: int = 0
     """Blocks whose memory is freed."""
+    by_size: Mapping[Load, int] = field(default_factory=dict)
+    """Where sizes have numbers of their own, none above `swapped`: the others of the blocks that wait on the host are
+    in buffers while such a batch is trained on."""
     ring: int = 2
-    """Device buffers that streamed blocks share."""
+    """Device buffers that streamed blocks share at least."""
     recompute: bool = True
     """Blocks are computed again in backward; streamed ones are in any case."""
     activations: int | None = None
@@ -97,13 +106,23 @@ class Outlook:
         """Bytes that transposed weights take."""
         return self.num_blocks * transposed_weights(self.maths.sizes) if self.transposed and not self.streamed else 0
 
-    def resting(self) -> dict[str, int]:
-        """Bytes on the card between steps, by what holds them."""
+    def swapped_for(self, load: Load) -> int:
+        """Blocks whose memory is freed while such a batch is trained on."""
+        number = number_for(load, self.by_size)
+        return self.swapped if number is None else number
+
+    def buffers(self, load: Load | None = None) -> int:
+        """Device buffers while such a batch is trained on; the least without one."""
+        least = min(self.ring, self.streamed)
+        return least if load is None else max(least, self.streamed - self.swapped_for(load))
+
+    def resting(self, load: Load | None = None) -> dict[str, int]:
+        """Bytes that stay on the card between passes on such batches, by what holds them; the least without one."""
         sizes, block = self.maths.sizes, block_weights(self.maths.sizes, self.formats)
         return {
             "weights": (self.num_blocks - self.streamed) * block + outer_weights(sizes, self.formats),
             "transposed weights": self.transposed_bytes,
-            "buffers of swapped blocks": min(self.ring, self.streamed) * block,
+            "buffers of swapped blocks": self.buffers(load) * block,
             "LoRA": 4 * self.trained,
             "optimizer": round(self.state_bytes * self.trained),
         }
@@ -119,11 +138,11 @@ class Outlook:
 
     def peak(self, load: Load, kept: Kept | None = None) -> int:
         """Bytes that tensors hold at most while a batch is trained on, with so much kept (default: `kept`)."""
-        return sum(self.resting().values()) + max(self._peak(load, kept), self._update())
+        return sum(self.resting(load).values()) + max(self._peak(load, kept), self._update())
 
     def most_kept(self, load: Load, room: int) -> Kept:
         """What a run keeps within `room` bytes, as it chooses by measurement (`keeping.py`)."""
-        spare = room - sum(self.resting().values())
+        spare = room - sum(self.resting(load).values())
         spare = spare if self.activations is None else min(spare, self.activations)
 
         def fits(kept: Kept) -> bool:
@@ -161,24 +180,29 @@ class Outlook:
             trained=self.trained,
         )
 
-    def seconds(self, load: Load, card: Card, *, kept: Kept) -> float:
-        """About how long such a step takes.
+    def seconds(self, load: Load, card: Card, *, kept: Kept, before: Load | None = None) -> float:
+        """About how long such a step takes, after a step on `before` (default: one like this).
 
         Copies run beside the computation, but not for longer than it: a block that is streamed has to be there before
         it is computed, and its buffer is free for the next one only afterwards. So the longer of both counts, in
-        forward and in backward, for blocks that are computed again and for those that are not.
+        forward and in backward, for blocks that are computed again and for those that are not. Forward copies what it
+        finds missing: what does not fit now, or did not in the step before.
         """
+        back = self.streamed - self.buffers(load)
+        there = max(back, self.streamed - self.buffers(before or load))
         kinds: dict[Saved, int] = {
             "everything" if kept.everything else "products": kept.blocks,
             "attention": kept.attention,
             "nothing": self.num_blocks - kept.blocks - kept.attention,
         }
-        return sum(count * self._block_seconds(load, card, saved) for saved, count in kinds.items() if count)
+        return sum(
+            count * self._block_seconds(load, card, saved, (there, back)) for saved, count in kinds.items() if count
+        )
 
-    def _block_seconds(self, load: Load, card: Card, saved: Saved) -> float:
-        """Of one block, with its share of what is copied."""
-        weights = (self.streamed - min(self.ring, self.streamed)) * block_weights(self.maths.sizes, self.formats)
-        weights = weights // self.num_blocks
+    def _block_seconds(self, load: Load, card: Card, saved: Saved, copies: tuple[int, int]) -> float:
+        """Of one block, with its share of what is copied: so many blocks in forward, so many in backward."""
+        block = block_weights(self.maths.sizes, self.formats)
+        weights_there, weights_back = (count * block // self.num_blocks for count in copies)
         away = self.offload and self.recompute and saved in ("attention", "nothing")
         inputs = recomputed_block(self.maths, load.tokens, load.batch) if away else 0
         forward, backward = (
@@ -192,8 +216,8 @@ class Outlook:
                 transposed=self.transposed_bytes > 0,
             )
         )
-        to_and_fro, back = copy_seconds(card, max(weights, inputs)), copy_seconds(card, weights + inputs)
-        return max(forward, to_and_fro) + max(backward, back)
+        there, back = copy_seconds(card, max(weights_there, inputs)), copy_seconds(card, weights_back + inputs)
+        return max(forward, there) + max(backward, back)
 
     def _peak(self, load: Load, kept: Kept | None = None) -> int:
         """Bytes of forward and backward."""

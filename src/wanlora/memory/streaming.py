@@ -8,7 +8,8 @@ buffer is refilled only once the block that used it has computed. The host waits
 What is needed next is foretold from the order in which blocks are called. A forward pass goes up; backward recomputes
 from the top down, so the ring keeps its contents at the turn and starts the way back with a hit; below block 0 the
 next step's forward begins. Without gradients (previews, validation) forward follows forward. A wrong guess costs a
-copy and never a wrong result. With S streamed blocks and a ring of R, a training step makes 2 (S - R) copies.
+copy and never a wrong result. With S streamed blocks and a ring of R, a training step makes 2 (S - R) copies; with a
+ring for all of them none, so the ring may grow and shrink from step to step (`residency.py`).
 
 Backward announces each block too, so its weights are there whether it is recomputed or has kept what it computed. But
 what autograd has saved of a streamed block may be its weights themselves, which are looked up where they are by then,
@@ -72,20 +73,26 @@ class _Announced(torch.autograd.Function):
 class _Slot:
     """A device buffer and what it holds."""
 
-    def __init__(self, buffer: Tensor, masters: dict[int, BlockMaster]) -> None:
+    def __init__(self, buffer: Tensor) -> None:
         self.buffer = buffer
-        self.views = {index: master.views(buffer) for index, master in masters.items()}
         self.block: int | None = None
         self.filled: Mark = None
         self.free: Mark = None
+        self._views: dict[int, list[Tensor]] = {}
+
+    def views(self, index: int, master: BlockMaster) -> list[Tensor]:
+        """Tensors of block `index` in the buffer. Making them takes the host a while, so they are kept."""
+        if index not in self._views:
+            self._views[index] = master.views(self.buffer)
+        return self._views[index]
 
 
 class BlockStream:
     """Streams `num_streamed` of `blocks` to `device`.
 
-    `streamed_indexes` names them. Counters since the start: `copies` and `copied_bytes` host to device, `waits` uses of
-    a streamed block that follow one of another, `misses` uses whose copy had not even been queued. Raises
-    `MemoryPlanError` if there are fewer blocks than `num_streamed`.
+    `streamed_indexes` names them; `base_ring` device buffers are theirs until `resize`. Counters since the start:
+    `copies` and `copied_bytes` host to device, `waits` uses of a streamed block that follow one of another, `misses`
+    uses whose copy had not even been queued. Raises `MemoryPlanError` if there are fewer blocks than `num_streamed`.
     """
 
     def __init__(
@@ -94,7 +101,7 @@ class BlockStream:
         self.blocks = blocks
         self.streamed_indexes = streamed_indexes(len(blocks), num_streamed)
         self.device = device
-        self.wanted_ring = max(ring_size, 1)
+        self.base_ring = max(ring_size, 1)
         self.pin = pin
         self.copies = self.copied_bytes = self.waits = self.misses = 0
         self._transfers: Transfers = transfers_for(device)
@@ -118,8 +125,8 @@ class BlockStream:
 
     @property
     def ring_size(self) -> int:
-        """Device buffers; never more than there are streamed blocks."""
-        return min(self.wanted_ring, len(self.streamed_indexes))
+        """Device buffers now; never more than there are streamed blocks."""
+        return len(self._ring)
 
     @property
     def num_resident(self) -> int:
@@ -150,7 +157,8 @@ class BlockStream:
     def stream_more(self, count: int) -> int:
         """Stream `count` blocks more, or all that are left, evenly among the resident ones; how many.
 
-        Between passes only. Frees their memory on the device; where nothing was streamed yet, less the ring's.
+        Between passes only; the ring is `base_ring` afterwards. Frees their memory on the device; where nothing was
+        streamed yet, less the ring's.
         """
         resident = [index for index in range(len(self.blocks)) if index not in self.streamed_indexes]
         new = [resident[place] for place in streamed_indexes(len(resident), min(count, len(resident)))]
@@ -161,12 +169,42 @@ class BlockStream:
         self._start()
         return len(new)
 
+    def resize(self, count: int) -> None:
+        """Let the streamed blocks share `count` device buffers from now on, or one each if there are fewer blocks.
+
+        Between passes only. Blocks that are needed soonest stay where they are. The host waits for nothing. Raises
+        torch's error if memory does not suffice; the ring has then as many more as it did for.
+        """
+        count = min(max(count, 1), len(self._masters))
+        if count == self.ring_size:
+            return
+        self.reset()
+        places = {index: place for place, index in enumerate(self.streamed_indexes)}  # the next pass begins below
+        self._ring.sort(key=lambda slot: len(places) if slot.block is None else places[slot.block])
+        while len(self._ring) > count:
+            self._drop(self._ring.pop())
+        try:
+            while len(self._ring) < count:
+                self._ring.append(self._make_slot())
+        finally:
+            self._checks = self._make_checks()
+
+    def _drop(self, slot: _Slot) -> None:
+        """Let the buffer of `slot` be used for something else, once its last copy is there."""
+        self._transfers.wait(slot.filled)
+        self._look_at_host(slot)
+
+    def _look_at_host(self, slot: _Slot) -> None:
+        """What is in a slot is there no longer."""
+        if slot.block is not None:
+            former = self._masters[slot.block]
+            former.point_to(former.on_host)
+
     def _start(self) -> None:
         """Make the ring and watch the blocks; nothing without streamed blocks."""
-        self._ring = self._make_ring()
         if not self._masters:
             return
-        self._checks = self._make_checks()
+        self.resize(self.base_ring)
         for index, block in enumerate(self.blocks):
             self._hooks.append(block.register_forward_pre_hook(partial(self._before_call, index), prepend=True))
             self._hooks.append(block.register_forward_hook(partial(self._after_call, index)))
@@ -193,15 +231,11 @@ class BlockStream:
         self._release()
         self._last_index, self._rising = -1, True
 
-    def _make_ring(self) -> list[_Slot]:
-        num_bytes = max((master.num_bytes for master in self._masters.values()), default=0)
-        ring = [
-            _Slot(torch.empty(num_bytes, dtype=torch.uint8, device=self.device), self._masters)
-            for _ in range(self.ring_size)
-        ]
-        for slot in ring:
-            slot.free = self._transfers.mark()  # the memory may still be read by what had it before
-        return ring
+    def _make_slot(self) -> _Slot:
+        num_bytes = max(master.num_bytes for master in self._masters.values())
+        slot = _Slot(torch.empty(num_bytes, dtype=torch.uint8, device=self.device))
+        slot.free = self._transfers.mark()  # the memory may still be read by what had it before
+        return slot
 
     def watch(self, block: nn.Module) -> Check | None:
         """Looks at what autograd saves of `block`: raises `MemoryPlanError` for a view of its weights.
@@ -253,9 +287,7 @@ class BlockStream:
     def _load(self, index: int, needed: Collection[int]) -> None:
         """Queue the copy of a block into a buffer whose block is not needed soon."""
         slot = next(slot for slot in self._ring if slot.block not in needed)
-        if slot.block is not None:
-            former = self._masters[slot.block]
-            former.point_to(former.on_host)
+        self._look_at_host(slot)
         master = self._masters[index]
         slot.filled = self._transfers.copy(slot.buffer[: master.num_bytes], master.flat, after=slot.free)
         slot.block = index
@@ -266,7 +298,8 @@ class BlockStream:
         """Let the computation wait for the copy of a block and look at it."""
         slot = next(slot for slot in self._ring if slot.block == index)
         self._transfers.wait(slot.filled)
-        self._masters[index].point_to(slot.views[index])
+        master = self._masters[index]
+        master.point_to(slot.views(index, master))
         self._in_use = slot
         self.waits += 1
 

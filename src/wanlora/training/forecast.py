@@ -1,9 +1,10 @@
 """What was foretold, held against the run.
 
-Memory: the first peak of every size is compared with the plan's, without the very first step, at which the optimizer
-remembers nothing yet; the largest difference is said once, so that the plan can be trusted or not. Time: once the usual
-sizes have been measured, what a step takes on average and what is left of the run is said once. The first step of a
-size counts for nothing there: it may have been compiled.
+Memory: the first peak of every size is compared with what is foretold of a step that keeps and streams as much; the
+largest difference is said once, so that the plan can be trusted or not. The very first step, at which the optimizer
+remembers nothing yet, and steps that memory did not suffice for at first are left out. Time: once the usual sizes have
+been measured, what a step takes on average and what is left of the run is said once. The first step of a size counts
+for nothing there: it may have been compiled.
 """
 
 from collections import Counter, defaultdict
@@ -57,8 +58,12 @@ class Measured:
     """GiB; None where nothing can be asked."""
     streamed: int = 0
     """Blocks that were streamed."""
+    buffers: int = 0
+    """Device buffers that they shared."""
     transposed: bool = False
     """There were transposed weights."""
+    retried: bool = False
+    """Memory ran out at first; the peak is that of what was tried."""
 
 
 Forecast = Callable[[Measured, int], None]
@@ -83,9 +88,10 @@ class PeakForecast:
         """Take note of a step; the one that completes the comparison is followed by its line."""
         first, self._first = self._first, False
         size = step.sizes[0] if len(step.sizes) == 1 else None
-        if first or step.peak is None or size not in self.missing or step.streamed != self.outlook.streamed:
+        if first or step.retried or step.peak is None or size not in self.missing:
             return
-        outlook = replace(self.outlook, transposed=step.transposed)
+        swapped = step.streamed - step.buffers
+        outlook = replace(self.outlook, swapped=swapped, by_size={}, ring=step.buffers, transposed=step.transposed)
         foretold = outlook.peak(size.load, step.kept) / GIB
         line = f"{size}, foretold {foretold:.1f} GiB, measured {step.peak:.1f}"
         self._worst = max(self._worst, (abs(foretold / step.peak - 1), line))

@@ -3,13 +3,14 @@
 Every forward and backward pass of a step runs under the guard. It measures what the pass needed (`memory/keeping.py`
 decides by that how many blocks are recomputed), and when memory runs out it makes room and runs the passes of the step
 again from the beginning: first without the transposed copies of fp8 weights, if there are any, then with everything
-recomputed, then with more blocks streamed from the host. What the failed attempt left is dropped, and dropout repeats,
-so the run is the same as if nothing had happened, and it goes on with the room it has made. Processes of a run on
-several cards do this each for itself: it ends before they exchange gradients.
+recomputed, then without the streamed blocks that stay on the card for small batches (`memory/residency.py`), then with
+more blocks streamed from the host. What the failed attempt left is dropped, and dropout repeats, so the run is the same
+as if nothing had happened, and it goes on with the room it has made. Processes of a run on several cards do this each
+for itself: it ends before they exchange gradients.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,8 @@ from wanlora.memory.host import available_host_memory
 from wanlora.memory.keeping import Keeping
 from wanlora.memory.masters import frozen_tensors
 from wanlora.memory.measure import GIB, MemoryFigures, is_out_of_memory, memory_figures
+from wanlora.memory.outlook import Load
+from wanlora.memory.residency import Residency
 from wanlora.memory.streaming import BlockStream
 from wanlora.quantization.transposed import TransposedWeights
 
@@ -68,18 +71,24 @@ class MemoryGuard:
         keeping: Keeping | None = None,
         recompute: Recompute | None = None,
         stream: BlockStream | None = None,
+        by_size: Mapping[Load, int] | None = None,
         retry: bool = False,
     ) -> None:
+        """`by_size` are numbers of swapped blocks for sizes that have their own."""
         self.device = device
         self.keeping = keeping or Keeping(0, 0)
         self.recompute = recompute
         self.stream = stream
+        self.residency = Residency(stream, by_size or {}) if stream else None
         self.retry = retry
+        self.retried = False
+        """Memory ran out in the last step, and was made."""
         self.spare: Spare | None = None
         """Given back before anything else is done."""
         self.transposed = TransposedWeights(())
         """Copies that are dropped before anything is done that costs more."""
         self.working = Working(bucket="the model")
+        self._loads: list[Load] = []
         self.figures: MemoryFigures | None = None
         """As they were when memory ran out and nothing was left to be done."""
 
@@ -88,9 +97,12 @@ class MemoryGuard:
         """What was kept in the pass at hand."""
         return self.keeping.kept
 
-    def run(self, passes: Callable[[], Result], drop: Callable[[], None]) -> Result:
-        """What `passes` returns, which must repeat exactly; `drop` undoes what an attempt that failed has left."""
+    def run(self, passes: Callable[[], Result], drop: Callable[[], None], batches: Sequence[Batch] = ()) -> Result:
+        """What `passes` over `batches` returns, which must repeat exactly; `drop` undoes what an attempt that failed
+        has left."""
+        self._loads, self.retried = [load_of(batch) for batch in batches], False
         while True:
+            self._resize()
             try:
                 with self.keeping.step():
                     return passes()
@@ -106,12 +118,23 @@ class MemoryGuard:
             drop()
             self._clean()
             relief()
+            self.retried = True
+
+    def _resize(self) -> None:
+        """Let as many streamed blocks stay on the card as the step's sizes leave room for."""
+        if self.residency and self.residency.prepare(self._loads) and self.keeping.meter:
+            self.keeping.meter.take_highest()  # what stayed there until now is not the step's
+
+    def make_room(self) -> None:
+        """Give back, between steps, what streamed blocks take that need not stay on the card."""
+        if self.residency:
+            self.residency.shrink()
 
     @contextmanager
     def batch(self, batch: Batch) -> Iterator[None]:
         """Around the forward and backward pass of one batch."""
-        num_tokens = len(batch.names) * LatentShape.of(batch.pixels).num_tokens
-        self.working = Working(bucket=bucket_name(batch), names=batch.names, num_tokens=num_tokens)
+        load = load_of(batch)
+        self.working = Working(bucket=bucket_name(batch), names=batch.names, num_tokens=load.tokens * load.batch)
         with self.keeping.batch(self.working.bucket):
             yield
 
@@ -131,12 +154,14 @@ class MemoryGuard:
             return partial(self._say, f"{given_up.blocks} blocks that kept what they computed are recomputed")
         if given_up.attention:
             return partial(self._say, "blocks that kept the result of attention are recomputed as a whole")
+        if self.residency and (more := self.residency.give_up(self._loads)):
+            return partial(self._say, f"{more} blocks that stayed on the card for batches of this size are swapped")
         stream, recompute = self.stream, self.recompute
         if stream is None or recompute is None or stream.num_resident == 0:
             return None
         count = max(len(stream.blocks) // _STREAMED_AT_A_TIME, 1)
         if not stream.streamed_indexes:
-            count += stream.wanted_ring  # so many buffers on the card come with the first streamed blocks
+            count += stream.base_ring  # so many buffers on the card come with the first streamed blocks
         return partial(self._stream_more, stream, recompute, count) if host_can_take(stream, count) else None
 
     def _drop_transposed(self) -> None:
@@ -148,7 +173,7 @@ class MemoryGuard:
         more = stream.stream_more(count)
         recompute.refresh()
         self.keeping.allow(len(recompute.optional))
-        swapped = len(stream.streamed_indexes) - stream.ring_size
+        swapped = len(stream.streamed_indexes) - stream.base_ring
         self._say(f"{more} blocks more wait in system memory until they are due, as with --blocks_to_swap {swapped},")
 
     def _say(self, relief: str) -> None:
@@ -170,6 +195,11 @@ def bucket_name(batch: Batch) -> str:
     """`768x416x21`, or `768x416x1 x 4` for a batch of four."""
     size = len(batch.names)
     return f"{batch.pixels} x {size}" if size > 1 else str(batch.pixels)
+
+
+def load_of(batch: Batch) -> Load:
+    """What decides its memory."""
+    return Load(tokens=LatentShape.of(batch.pixels).num_tokens, batch=len(batch.names))
 
 
 def describe(working: Working) -> str:

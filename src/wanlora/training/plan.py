@@ -71,6 +71,8 @@ class BucketPlan:
     load: Load
     peak: int
     """Bytes on the card."""
+    swapped: int
+    """Blocks whose memory is freed meanwhile."""
     kept: Kept
     """What need not be recomputed."""
     flops: float
@@ -177,6 +179,7 @@ def make_outlook(config: TrainConfig, prepared: Prepared, target: Target, *, dty
         trained=sum(ranks[target] * sum(sizes[target]) for target in prepared.targets),
         state_bytes=state_bytes(prepared.optimizer),
         swapped=memory.num_swapped if target.streams else 0,
+        by_size=prepared.swapped,
         ring=memory.block_swap_ring_size,
         recompute=memory.gradient_checkpointing,
         activations=activation_bytes(memory),
@@ -218,6 +221,7 @@ def _bucket(outlook: Outlook, target: Target, pixels: PixelShape, batch: int, sa
         batches=batches,
         load=load,
         peak=outlook.peak(load),
+        swapped=outlook.swapped_for(load),
         kept=kept,
         flops=outlook.flops(load, kept=kept).total,
         seconds=outlook.seconds(load, target.rates, kept=kept) if target.rates else None,

@@ -34,10 +34,12 @@ def _table(plan: RunPlan) -> Iterator[str]:
     total, room = plan.target.total, plan.target.room
     usable = f", {_gib(total)} GiB of which {_gib(room)} can be used" if total is not None and room is not None else ""
     yield f"plan for {plan.target.name}{usable}:"
-    head = ("size", "batch", "samples", "batches", "tokens", "PFLOP", "needs GiB", "kept", "s/batch")
+    head = ("size", "batch", "samples", "batches", "tokens", "PFLOP", "needs GiB", "swapped", "kept", "s/batch")
     rows = [head, *(_row(bucket) for bucket in plan.buckets)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    for row in rows:
+    shown = [column for column, name in enumerate(head) if name != "swapped" or plan.outlook.by_size]
+    table = [tuple(row[column] for column in shown) for row in rows]
+    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+    for row in table:
         first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         yield "  " + "  ".join((first.strip().ljust(widths[0]), *others))
 
@@ -52,6 +54,7 @@ def _row(bucket: BucketPlan) -> tuple[str, ...]:
         str(bucket.load.tokens * bucket.batch),
         f"{bucket.flops / 1e15:.2f}",
         _gib(bucket.peak),
+        str(bucket.swapped),
         f"{bucket.kept.blocks}+{bucket.kept.attention}" if bucket.kept.attention else str(bucket.kept.blocks),
         seconds,
     )
@@ -62,6 +65,8 @@ def _legend(plan: RunPlan) -> Iterator[str]:
     whole = outlook.kept.blocks
     blocks = f"{outlook.num_blocks - whole} blocks" if whole else "every block"
     needs = f"needs: with {blocks} recomputed in backward" if whole < outlook.num_blocks else "needs: at the peak"
+    if outlook.by_size:
+        needs += "; swapped: blocks whose memory is freed for that size"
     kept = f"; kept: blocks of {outlook.num_blocks} that the rest of the memory spares from it"
     if any(bucket.kept.attention for bucket in plan.buckets):
         kept += ", + blocks that keep the result of attention"
@@ -91,7 +96,7 @@ def _time(plan: RunPlan, *, steps: int, epochs: float, processes: int) -> Iterat
 
 def _memory(plan: RunPlan) -> Iterator[str]:
     largest, outlook = plan.largest, plan.outlook
-    parts = outlook.resting() | outlook.step(largest.load)
+    parts = outlook.resting(largest.load) | outlook.step(largest.load)
     where = "on the card" if plan.target.total is not None or plan.target.streams else "in memory"
     yield f"{where} at {largest.pixels}: {_sum(parts)}; weights in {_formats(outlook)}"
     for name, size in plan.other_peaks.items():
@@ -211,7 +216,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         },
         "buckets": [_bucket_record(plan, bucket) for bucket in plan.buckets],
         "epoch_seconds": plan.epoch_seconds,
-        "card_bytes": outlook.resting() | outlook.step(plan.largest.load),
+        "card_bytes": outlook.resting(plan.largest.load) | outlook.step(plan.largest.load),
         "other_peak_bytes": plan.other_peaks,
         "host_bytes": plan.host,
         "disk_bytes": {name: getattr(plan.disk, name) for name in ("latents", "latents_there", "text", "text_there")},
@@ -231,6 +236,7 @@ def _bucket_record(plan: RunPlan, bucket: BucketPlan) -> dict[str, Any]:
         "tokens_per_sample": bucket.load.tokens,
         "flops": bucket.flops,
         "peak_bytes": bucket.peak,
+        "blocks_swapped": bucket.swapped,
         "blocks_kept": bucket.kept.blocks,
         "attention_kept": bucket.kept.attention,
         "everything_kept": bucket.kept.everything,

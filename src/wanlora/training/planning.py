@@ -1,6 +1,7 @@
 """Planning a run: for the card in this machine, or for one that is named."""
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
@@ -20,6 +21,7 @@ from wanlora.memory.choices import Swapping, best_swapped, fits
 from wanlora.memory.host import available_host_memory
 from wanlora.memory.limit import default_reserve
 from wanlora.memory.measure import GIB
+from wanlora.memory.outlook import Load
 from wanlora.training.announce import run_length
 from wanlora.training.build import fp8_weights, wants_compile
 from wanlora.training.engine import compute_dtype
@@ -37,6 +39,7 @@ from wanlora.training.position import steps_per_epoch
 from wanlora.training.prepare import Prepared, prepare
 
 AUTO = "auto"
+_SHOWN_SIZES = 6
 _CONTEXT = int(0.6 * GIB)
 """What CUDA and its libraries take of a card outside of PyTorch's allocator, about."""
 
@@ -55,7 +58,7 @@ def plan_run(config: PlannedConfig) -> None:
         target = present_target(config)
         if target.total is None:
             log.info('there is no CUDA card here: plan for another machine with --card "RTX 4090" or --vram 24')
-    plan = log_plan(settle(config, prepared, target), prepared, target)
+    plan = log_plan(*settle(config, prepared, target), target)
     if planning.json is not None:
         write_json(planning.json, plan_record(plan))
         log.info(f"saved {planning.json}")
@@ -88,11 +91,20 @@ def present_target(config: TrainConfig) -> Target:
     )
 
 
-def settle(config: TrainConfig, prepared: Prepared, target: Target) -> TrainConfig:
-    """The settings without `auto`: the number of swapped blocks with which every size fits and all of them take least
-    time, and whether weights are kept transposed for fp8 maths. What was decided is said."""
+def settle(config: TrainConfig, prepared: Prepared, target: Target) -> tuple[TrainConfig, Prepared]:
+    """The settings without `auto`: the numbers of swapped blocks with which every size fits and all of them take least
+    time, and whether weights are kept transposed for fp8 maths. What was decided is said.
+
+    The config has the largest of the numbers; `Prepared.swapped` those of each size, if they differ.
+    """
     if config.memory.blocks_to_swap == AUTO:
-        config = replace(config, memory=replace(config.memory, blocks_to_swap=_swapped(config, prepared, target)))
+        choice = _swapped(config, prepared, target)
+        config = replace(config, memory=replace(config.memory, blocks_to_swap=choice.number))
+        prepared = replace(prepared, swapped=choice.by_size)
+    return _with_transposed(config, prepared, target), prepared
+
+
+def _with_transposed(config: TrainConfig, prepared: Prepared, target: Target) -> TrainConfig:
     asked = config.memory.fp8_fast_transposed
     if target.fp8 != "rows" and config.memory.fp8_fast and asked == "on":
         log.warning("--fp8_fast_transposed on: not done, because nothing is multiplied in fp8")
@@ -127,15 +139,16 @@ def _transposes(config: TrainConfig, prepared: Prepared, target: Target) -> bool
     return room
 
 
-def _swapped(config: TrainConfig, prepared: Prepared, target: Target) -> int:
+def _swapped(config: TrainConfig, prepared: Prepared, target: Target) -> Swapping:
     if target.room is None:
         log.info("--blocks_to_swap auto: 0, because without a CUDA card all weights are in system memory")
-        return 0
+        return Swapping(number=0, fewest=0)
     outlook = make_outlook(config, prepared, target, dtype=_dtype(config, prepared))
     batches, besides = batches_of(prepared.plan), drawing_bytes(config.model, prepared, outlook)
     host = host_for_blocks(config, prepared, target)
     choice = best_swapped(outlook, batches, target.room, target.rates, besides=besides, host=host)
-    chosen = replace(outlook, swapped=choice.number if choice else outlook.num_blocks - outlook.ring)
+    taken = choice or Swapping(number=outlook.num_blocks - outlook.ring, fewest=0)
+    chosen = taken.applied(outlook)
     needs = max(*map(chosen.peak, batches), sum(chosen.resting().values()) + besides) / GIB
     figures = f"{needs:.1f} of {target.room / GIB:.1f} GiB are needed"
     if choice is None:
@@ -144,16 +157,29 @@ def _swapped(config: TrainConfig, prepared: Prepared, target: Target) -> int:
         without = max(*map(outlook.peak, batches), sum(outlook.resting().values()) + besides) / GIB
         less = f", {without:.1f} with none swapped" if choice.number else ""
         log.info(f"--blocks_to_swap auto: {_reason(choice, outlook.num_blocks)}; {figures}{less}")
-    return chosen.swapped
+    return taken
 
 
 def _reason(choice: Swapping, num_blocks: int) -> str:
+    if choice.by_size:
+        return (
+            f"{_numbers(choice.by_size)} of {num_blocks} blocks are swapped, {choice.fewest} would fit; this is "
+            f"foretold to take {choice.gain:.0%} less time than {choice.alike} for every size"
+        )
     if choice.number == choice.fewest:
         return str(choice.number)
     return (
         f"{choice.number} of {num_blocks} blocks are swapped: {choice.fewest} would fit, {choice.number} are foretold "
         f"to take {choice.gain:.0%} less time"
     )
+
+
+def _numbers(by_size: Mapping[Load, int]) -> str:
+    """`0 for 1248 tokens, 28 for 7488`; of many sizes the range."""
+    if len(by_size) > _SHOWN_SIZES:
+        return f"{min(by_size.values())} to {max(by_size.values())}, each of {len(by_size)} sizes its own number,"
+    first, *others = sorted((load.tokens * load.batch, number) for load, number in by_size.items())
+    return ", ".join([f"{first[1]} for {first[0]} tokens", *(f"{number} for {tokens}" for tokens, number in others)])
 
 
 def log_plan(config: TrainConfig, prepared: Prepared, target: Target) -> RunPlan:

@@ -6,7 +6,7 @@ that one attempt shows the user everything there is to mend.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from wanlora.foundation.laps import start
 from wanlora.foundation.log import log, say_once
 from wanlora.foundation.tensor_files import open_tensors
 from wanlora.generation.requests import PreviewRequest, resolve_all
+from wanlora.memory.outlook import Load
 from wanlora.memory.placement import streamed_indexes
 from wanlora.models.attention import require_dtype, require_kernel
 from wanlora.models.wan.checkpoint import TransformerFile, check_complete, check_task, inspect_transformer
@@ -73,6 +74,8 @@ class Prepared:
     """By module, from --dim_from_weights."""
     alphas: Mapping[str, float] | None = None
     resume: Resume | None = None
+    swapped: Mapping[Load, int] = field(default_factory=dict)
+    """How many blocks are swapped for batches of each size, where `--blocks_to_swap auto` took numbers of their own."""
 
     @property
     def start(self) -> Position:

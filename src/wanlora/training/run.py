@@ -69,7 +69,7 @@ def train(config: TrainConfig) -> None:
     announce(config, prepared)
     with start.part("card"):
         target = present_target(config)
-    config = settle(config, prepared, target)
+    config, prepared = settle(config, prepared, target)
     if config.run.dry_run:
         log_plan(config, prepared, target)
         log.info("dry run: everything is in order; nothing was loaded or written")
@@ -183,6 +183,7 @@ class Run:
             keeping=trainee.keeping,
             recompute=trainee.recompute,
             stream=trainee.stream,
+            by_size=self.prepared.swapped,
             retry=self.config.memory.on_oom == "retry",
         )
 

@@ -121,7 +121,8 @@ class TrainingStep:
     def queue(self, share: Sequence[IndexedBatch], position: Position, num_batches: int) -> QueuedStep:
         """Queue loss and clipped gradient of a step's `num_batches` batches, of which this process has `share`."""
         replayed = self._num_replayed
-        total, names, levels = self.guard.run(partial(self._passes, share, position, num_batches), self.drop_gradients)
+        passes = partial(self._passes, share, position, num_batches)
+        total, names, levels = self.guard.run(passes, self.drop_gradients, [item.batch for item in share])
         if self.replays:
             self.replays.passes_queued()
         if self.flat:
@@ -199,6 +200,7 @@ class TrainingStep:
 
     def make_room(self) -> None:
         """Give back, between steps, memory that only makes steps faster."""
+        self.guard.make_room()
         if self.replays:
             self.replays.release()
 

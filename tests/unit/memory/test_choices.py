@@ -6,6 +6,7 @@ import pytest
 
 from tests.unit.memory.test_outlook import BLOCK, GIB, LARGEST, LOADS, REFERENCE
 from wanlora.memory.cards import CARDS
+from wanlora.memory.checkpointing import Kept
 from wanlora.memory.choices import (
     WORTH,
     Swapping,
@@ -72,13 +73,81 @@ def test_doing_without_transposed_weights_is_the_first_cure() -> None:
 
 
 def test_more_blocks_are_swapped_than_suffice_where_the_data_takes_less_time_so() -> None:
-    choice = best_swapped(REFERENCE, BATCHES, ROOM, CARD)
+    together = replace(REFERENCE, accumulates=True)
+    choice = best_swapped(together, BATCHES, ROOM, CARD)
     assert choice is not None and choice.number > choice.fewest + 10
-    times = [total_seconds(replace(REFERENCE, swapped=n), BATCHES, ROOM, CARD) for n in range(39)]
+    times = [total_seconds(replace(together, swapped=n), BATCHES, ROOM, CARD) for n in range(39)]
     possible = times[choice.fewest :]
     assert times[choice.number] * (1 - WORTH) <= min(possible)
     assert all(taken * (1 - WORTH) > min(possible) for taken in times[choice.fewest : choice.number])
     assert choice.gain == pytest.approx(1 - times[choice.number] / times[choice.fewest]) and choice.gain > 0.1
+
+
+def test_sizes_have_the_numbers_with_which_the_data_takes_less_time_than_with_any_for_all() -> None:
+    for card, room, fast in (("H100", 22.3, False), ("H100", 22.3, True), ("RTX 4090", 21.6, True)):
+        outlook = replace(REFERENCE, swapped=0, fp8_products=fast)
+        room = int(room * GIB)
+        choice = best_swapped(outlook, BATCHES, room, CARDS[card])
+        assert choice is not None and choice.by_size.keys() == BATCHES.keys()
+        numbers = [choice.by_size[load] for load in sorted(BATCHES, key=lambda load: load.tokens)]
+        assert numbers == sorted(numbers[:3]) + numbers[3:] and numbers[0] <= 2 and choice.number == max(numbers) > 15
+        chosen = choice.applied(outlook)
+        assert fits(chosen, LOADS, room)
+        assert not fits(replace(outlook, swapped=choice.fewest - 1), LOADS, room)
+        alike = [total_seconds(replace(outlook, swapped=n), BATCHES, room, CARDS[card]) for n in range(39)]
+        least = min(alike[choice.fewest :])
+        assert choice.alike is not None and alike[choice.alike] == least
+        taken = total_seconds(chosen, BATCHES, room, CARDS[card])
+        assert choice.gain == pytest.approx(1 - taken / least) and choice.gain > 0.01
+        for load, number in choice.by_size.items():  # none is better off on its own
+            others = [replace(chosen, by_size={**choice.by_size, load: n}) for n in (number - 5, number + 5) if n >= 0]
+            for other in others:
+                assert not fits(other, LOADS, room) or total_seconds(other, BATCHES, room, CARDS[card]) > 0.998 * taken
+
+
+def test_what_a_large_size_drives_off_is_copied_again_for_the_next() -> None:
+    small, large = LOADS[1], LARGEST
+    outlook = replace(REFERENCE, swapped=38, by_size={small: 0, large: 38})
+    card, half = CARDS["RTX 4090"], {small: 1, large: 1}
+    times = [outlook.seconds(small, card, kept=Kept(40), before=before) for before in (small, large)]
+    there = outlook.seconds(large, card, kept=outlook.most_kept(large, ROOM))
+    assert times[1] > times[0]
+    total = total_seconds(replace(outlook, recompute=True), half, ROOM, card)
+    kept = outlook.most_kept(small, ROOM)
+    expected = sum(outlook.seconds(small, card, kept=kept, before=before) for before in (small, large)) / 2 + there
+    assert total == pytest.approx(expected)
+
+
+def test_a_size_swaps_no_more_than_is_worth_it_and_sizes_are_alike_where_that_is_as_good() -> None:
+    choice = best_swapped(REFERENCE, BATCHES, ROOM, CARD)
+    assert choice is not None and choice.by_size[LOADS[1]] < choice.by_size[LARGEST]
+    assert replace(REFERENCE, swapped=choice.number).most_kept(LOADS[1], ROOM).blocks == 40
+    one = best_swapped(REFERENCE, {LARGEST: 100}, ROOM, CARD)
+    assert one is not None and one.by_size == {} and one.alike is None
+    together = best_swapped(replace(REFERENCE, accumulates=True), BATCHES, ROOM, CARD)
+    assert together is not None and together.by_size == {}
+    tight = best_swapped(replace(REFERENCE, swapped=0), BATCHES, int(13.9 * GIB), CARDS["RTX 4080"])
+    assert tight is not None and tight.by_size == {}
+
+
+def test_what_waits_on_the_host_for_any_size_is_bounded_by_its_memory_and_previews_by_the_smallest_ring() -> None:
+    card, room = CARDS["H100"], int(22.3 * GIB)
+    best, bounded = (best_swapped(REFERENCE, BATCHES, room, card, host=host) for host in (None, 22 * BLOCK))
+    assert best is not None and bounded is not None and bounded.by_size and bounded.number <= 20 < best.number
+    assert host_bytes(bounded.applied(REFERENCE), BATCHES) <= 22 * BLOCK
+    besides = ROOM - sum(replace(REFERENCE, swapped=30).resting().values())
+    choice = best_swapped(REFERENCE, BATCHES, ROOM, CARDS["H100"], besides=besides)
+    assert choice is not None and choice.by_size and choice.fewest == 30 <= choice.number
+    assert min(choice.by_size.values()) < 10 and fits(choice.applied(REFERENCE), BATCHES, ROOM, besides=besides)
+
+
+def test_blocks_of_plain_autograd_wait_on_the_host_for_all_sizes_or_none() -> None:
+    eager = replace(REFERENCE, maths=replace(REFERENCE.maths, compiled=False), swapped=0)
+    card, room = replace(CARDS["H100"], link=12.5), 16 * GIB
+    choice = best_swapped(eager, BATCHES, room, card)
+    assert choice is not None and choice.number == choice.alike
+    assert choice.by_size[LARGEST] == choice.number > max(choice.by_size[load] for load in LOADS if load != LARGEST)
+    assert choice.gain > 0.1
 
 
 def test_no_more_are_swapped_than_suffice_where_little_is_gained() -> None:
@@ -122,10 +191,17 @@ def test_without_rates_the_fewest_are_taken_and_without_room_none() -> None:
 def test_settings_that_are_faster_are_named_with_what_they_spare() -> None:
     choice = best_swapped(REFERENCE, BATCHES, ROOM, CARD)
     assert choice is not None
-    found = faster(replace(REFERENCE, swapped=choice.fewest), BATCHES, ROOM, CARD)
-    assert next(iter(found)) == f"--blocks_to_swap {choice.number}"
-    assert found[f"--blocks_to_swap {choice.number}"] == pytest.approx(choice.gain)
-    assert faster(replace(REFERENCE, swapped=choice.number), BATCHES, ROOM, CARD) == {}
+    few = replace(REFERENCE, swapped=choice.fewest)
+    found = faster(few, BATCHES, ROOM, CARD)
+    assert next(iter(found)) == "--blocks_to_swap auto"
+    now, then = (total_seconds(one, BATCHES, ROOM, CARD) for one in (few, choice.applied(REFERENCE)))
+    assert found["--blocks_to_swap auto"] == pytest.approx(1 - then / now)
+    assert faster(choice.applied(REFERENCE), BATCHES, ROOM, CARD) == {}
+    together = replace(few, accumulates=True)
+    one = best_swapped(together, BATCHES, ROOM, CARD)
+    assert one is not None
+    found = faster(replace(together, swapped=one.fewest), BATCHES, ROOM, CARD)
+    assert found[f"--blocks_to_swap {one.number}"] == pytest.approx(one.gain)
     assert faster(replace(REFERENCE, swapped=choice.fewest), BATCHES, ROOM, CARD, host=0) == {}
 
 
@@ -150,5 +226,5 @@ def test_cures_are_the_fastest_numbers_of_blocks_and_come_in_order_of_time() -> 
     times = [total_seconds(outlook, BATCHES, tight, CARD) for outlook in found.values()]
     assert len(found) == 2 and times == sorted(times)
     choice = best_swapped(REFERENCE, BATCHES, tight, CARD)
-    assert choice is not None and f"--blocks_to_swap {choice.number}" in found
+    assert choice is not None and found["--blocks_to_swap auto"].by_size == choice.by_size != {}
     assert all(fits(outlook, LOADS, tight) for outlook in found.values())

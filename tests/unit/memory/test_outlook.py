@@ -47,6 +47,27 @@ def test_a_swapped_block_frees_its_weights_and_takes_system_memory() -> None:
     assert replace(REFERENCE, swapped=40).streamed == 40
 
 
+def test_sizes_with_fewer_swapped_blocks_have_the_others_in_buffers() -> None:
+    small, large = LOADS[1], LARGEST
+    sized = replace(REFERENCE, swapped=30, by_size={small: 0, large: 30, LOADS[0]: 12})
+    assert (sized.streamed, sized.host) == (32, 32 * BLOCK)
+    assert [sized.buffers(load) for load in (small, large, LOADS[0], LOADS[3])] == [32, 2, 20, 2]
+    assert sized.buffers() == 2 and sized.resting() == replace(REFERENCE, swapped=30).resting()
+    for load, number in sized.by_size.items():
+        alone = replace(REFERENCE, swapped=number)
+        assert sized.peak(load) == alone.peak(load)
+        assert sized.most_kept(load, 20 * GIB) == alone.most_kept(load, 20 * GIB)
+        for card in (CARDS["RTX 4090"], CARDS["RTX 3060"]):
+            assert sized.seconds(load, card, kept=Kept(9)) == alone.seconds(load, card, kept=Kept(9))
+
+
+def test_the_last_batch_of_an_epoch_has_the_number_of_whole_ones() -> None:
+    numbers = {Load(tokens=64, batch=4): 7, Load(tokens=64, batch=2): 3, Load(tokens=32, batch=9): 1}
+    sized = replace(REFERENCE, swapped=10, by_size=numbers)
+    found = [sized.swapped_for(Load(tokens=64, batch=batch)) for batch in (1, 2, 3, 4, 5)]
+    assert found == [3, 3, 7, 7, 10] and sized.swapped_for(Load(tokens=65)) == 10
+
+
 def test_keeping_inputs_on_the_host_leaves_two_on_the_card() -> None:
     away = replace(REFERENCE, offload=True)
     inputs = 38 * 7488 * 5120 * 4

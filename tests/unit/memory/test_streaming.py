@@ -1,6 +1,9 @@
 """Streaming changes where weights are and nothing that is computed."""
 
+import gc
+import weakref
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from wanlora.memory.checkpointing import Recompute
 from wanlora.memory.masters import frozen_tensors, lay_out
 from wanlora.memory.placement import RestingPlace, streamed_indexes
 from wanlora.memory.streaming import BlockStream, needed_next
+from wanlora.memory.transfers import DirectTransfers
 from wanlora.models.wan.transformer import WanTransformer
 
 CPU = torch.device("cpu")
@@ -120,13 +124,136 @@ def test_streaming_more_blocks_between_steps_changes_no_bit(num_streamed: int) -
     assert stream.copies - copies == 2 * (6 - 2)
 
 
+@pytest.mark.parametrize("num_streamed", [4, 6])
+def test_resizing_the_ring_between_steps_changes_no_bit(num_streamed: int) -> None:
+    rings = [2, 5, 99, 2, 1, 3, 99, 99, 2]
+    plain = losses_and_gradients(adapted_wan(), steps=10)
+    model, stream = streaming(num_streamed)
+    upcoming, sizes = iter(rings), []
+
+    def resize() -> None:
+        stream.resize(next(upcoming, 2))
+        sizes.append(stream.ring_size)
+
+    assert losses_and_gradients(model, steps=10, between=resize) == plain
+    assert sizes == [min(ring, num_streamed) for ring in [*rings, 2]]
+    expected = adapted_wan().state_dict()
+    stream.detach()
+    frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
+    assert all(torch.equal(model.state_dict()[name].float(), expected[name].float()) for name in frozen)
+
+
+def test_copies_follow_the_ring_and_what_is_needed_soonest_stays() -> None:
+    model, stream = streaming(6)
+
+    def copies(steps: int = 1) -> int:
+        before = stream.copies
+        for _ in range(steps):
+            train_step(model)
+        return stream.copies - before
+
+    copies()
+    assert copies() == 2 * (6 - 2)
+    stream.resize(5)
+    assert copies() == (6 - 2) + (6 - 5)  # forward finds two of them there
+    assert copies(3) == 3 * 2 * (6 - 5)
+    stream.resize(6)
+    assert copies() == 1 and copies(3) == 0
+    stream.resize(3)
+    assert copies() == 2 * (6 - 3)  # blocks 0 to 2 have stayed
+    assert stream.misses == 1
+
+
+def test_buffers_that_are_dropped_are_gone_and_their_blocks_look_at_the_host() -> None:
+    model, stream = streaming(6)
+    stream.resize(6)
+    train_step(model)
+    buffers = [weakref.ref(slot.buffer.untyped_storage()) for slot in stream._ring]
+    storages = [frozen_tensors(block)[0].untyped_storage().data_ptr() for block in model.blocks]
+    hosts = [master.flat.untyped_storage().data_ptr() for master in stream._masters.values()]
+    assert not set(storages) & set(hosts)
+    stream.resize(2)
+    gc.collect()
+    assert sum(buffer() is not None for buffer in buffers) == 2 == stream.ring_size
+    assert [frozen_tensors(block)[0].untyped_storage().data_ptr() for block in model.blocks][2:] == hosts[2:]
+
+
+def test_what_looks_at_saved_tensors_knows_the_ring_of_the_moment() -> None:
+    model, stream = streaming(6)
+    stream.resize(6)
+    train_step(model)
+    check, weight = stream.watch(model.blocks[4]), frozen_tensors(model.blocks[4])[0]
+    assert check is not None
+    check(weight)
+    with pytest.raises(MemoryPlanError, match="view"):
+        check(weight.view(-1))
+    stream.resize(2)
+    later = stream.watch(model.blocks[4])
+    assert later is not None
+    later(weight.view(-1))  # that shows the master, which stays as it is
+
+
+class Order(DirectTransfers):
+    """Copies that are done at once, and a record of what waited for which."""
+
+    def __init__(self) -> None:
+        self.copied = 0
+        self.waited: list[object] = []
+
+    def copy(self, target: Tensor, source: Tensor, *, after: Any = None) -> Any:
+        super().copy(target, source)
+        self.copied += 1
+        return f"copy {self.copied}"
+
+    def wait(self, mark: Any) -> None:
+        self.waited.append(mark)
+
+    def mark(self) -> Any:
+        return "computed"
+
+    def finish(self) -> None:
+        raise AssertionError("the host must not wait between steps")
+
+
+def test_computation_waits_for_the_last_copy_into_a_buffer_before_it_is_given_away() -> None:
+    _, stream = streaming(6)
+    stream._transfers = order = Order()
+    stream.resize(6)
+    assert [slot.free for slot in stream._ring[2:]] == ["computed"] * 4
+    stream._prepare(0, turns=True)  # queues the copies of all, none but the first of which is used
+    assert order.copied == 6 and order.waited == ["copy 1"]
+    stream.resize(2)
+    assert sorted(map(str, order.waited[1:])) == ["copy 3", "copy 4", "copy 5", "copy 6"]
+    assert stream._ring[0].free == "computed"
+
+
+def test_a_ring_that_memory_does_not_suffice_for_works_with_what_it_got(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = losses_and_gradients(adapted_wan())
+    model, stream = streaming(6)
+    make = stream._make_slot
+    made: list[Any] = []
+
+    def run_out() -> Any:
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        made.append(make())
+        return made[-1]
+
+    monkeypatch.setattr(stream, "_make_slot", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        stream.resize(6)
+    assert stream.ring_size == 4
+    assert losses_and_gradients(model) == plain
+
+
 def test_a_stream_without_blocks_does_nothing() -> None:
     model = adapted_wan()
     stream = BlockStream(list(model.blocks), 0, CPU)
     stream.attach()
     stream.reset()
+    stream.resize(5)
     train_step(model)
-    assert not stream.attached and stream.copies == 0 and stream.num_resident == 6
+    assert not stream.attached and stream.ring_size == 0 and stream.copies == 0 and stream.num_resident == 6
 
 
 def test_two_forwards_before_their_backwards_work() -> None:

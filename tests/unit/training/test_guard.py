@@ -1,7 +1,7 @@
 """Passes that run out of memory: what is done about it, and that the run is the same."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
@@ -10,23 +10,34 @@ from torch import Tensor, nn
 from tests.unit.memory.wan import adapted_wan
 from tests.unit.quantization.test_fast_linear import make_linear
 from tests.unit.training.parts import CPU, Velocity, batch, indexed, measure, step_of
+from wanlora.data.dataset import Batch
 from wanlora.foundation import log as logs
 from wanlora.memory.checkpointing import Recompute
 from wanlora.memory.keeping import Keeping
+from wanlora.memory.outlook import Load
 from wanlora.memory.streaming import BlockStream
 from wanlora.models.wan.transformer import WanTransformer
 from wanlora.quantization.transposed import TransposedWeights
 from wanlora.training import guard as guards
-from wanlora.training.guard import MemoryGuard, bucket_name, describe
+from wanlora.training.guard import MemoryGuard, bucket_name, describe, load_of
 from wanlora.training.position import Position
 
 BATCH = batch(0)
+OTHER = load_of(batch(0, 3))
 
 
 class Card:
     """A Wan whose blocks run out of memory while more than `capacity` of them are on the card or keep things."""
 
-    def __init__(self, capacity: int, *, num_streamed: int = 0, everything: bool = True, retry: bool = True) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        num_streamed: int = 0,
+        everything: bool = True,
+        retry: bool = True,
+        by_size: Mapping[Load, int] | None = None,
+    ) -> None:
         self.model = adapted_wan(6, dropout=0.5)
         blocks = list(self.model.blocks)
         self.stream = BlockStream(blocks, num_streamed, CPU)
@@ -35,7 +46,9 @@ class Card:
         self.keeping = Keeping(len(self.recompute.optional), 6, everything=everything)
         self.recompute.keep = self.keeping
         self.model.run_block = self.recompute
-        self.guard = MemoryGuard(CPU, keeping=self.keeping, recompute=self.recompute, stream=self.stream, retry=retry)
+        self.guard = MemoryGuard(
+            CPU, keeping=self.keeping, recompute=self.recompute, stream=self.stream, by_size=by_size, retry=retry
+        )
         self.capacity = capacity
         self.failures = 0
         self.layers = [make_linear(16, 32) for _ in range(2)]
@@ -44,13 +57,16 @@ class Card:
 
     def _fail(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         copies = 3 if self.guard.transposed.are_kept else 0
-        if self.keeping.kept.blocks + self.stream.num_resident + copies > self.capacity:
+        there = self.stream.num_resident + max(self.stream.ring_size - 2, 0)
+        if self.keeping.kept.blocks + there + copies > self.capacity:
             self.failures += 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    def step(self) -> list[float]:
-        """The loss and every value of the gradient, after one guarded pass."""
-        return gradients_of(self.model, lambda passes: self.guard.run(passes, lambda: drop(self.model)), self.guard)
+    def step(self, batches: Sequence[Batch] = ()) -> list[float]:
+        """The loss and every value of the gradient, after one guarded pass, said to be on `batches`."""
+        return gradients_of(
+            self.model, lambda passes: self.guard.run(passes, lambda: drop(self.model), batches), self.guard
+        )
 
 
 def drop(model: WanTransformer) -> None:
@@ -136,6 +152,58 @@ def test_then_more_blocks_are_streamed_until_it_fits(num_streamed: int, everythi
     drop(card.model)
     assert card.step() == undisturbed()
     assert card.failures == failures
+
+
+def test_blocks_that_stay_on_the_card_for_small_batches_are_given_up_before_more_are_streamed(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs.log, "propagate", True)
+    card = Card(capacity=3, num_streamed=4, everything=False, by_size={load_of(BATCH): 0, OTHER: 1})
+    with caplog.at_level(logging.WARNING, logger="wanlora"):
+        assert card.step([BATCH]) == undisturbed()
+    assert card.failures == 1 and card.guard.retried
+    assert (card.stream.ring_size, len(card.stream.streamed_indexes)) == (2, 4)
+    assert "2 blocks that stayed on the card for batches of this size are swapped from now on" in caplog.text
+    drop(card.model)
+    assert card.step([BATCH]) == undisturbed() and card.failures == 1 and not card.guard.retried
+    card.guard.make_room()
+    card.capacity = 0
+    drop(card.model)
+    assert card.step([BATCH]) == undisturbed()
+    assert card.failures == 3 and card.stream.num_resident == 0 and card.stream.ring_size == 2
+    assert "as with --blocks_to_swap 4," in caplog.text
+    assert card.guard.residency is not None and card.guard.residency.ring_for([OTHER]) == 5
+
+
+def test_the_ring_follows_the_batches_and_previews_get_the_smallest() -> None:
+    card = Card(capacity=6, num_streamed=4, everything=False, by_size={load_of(BATCH): 0, OTHER: 1})
+    rings = []
+    for batches in ([BATCH], [batch(0, 3)], [BATCH, batch(0, 3)], [BATCH], []):
+        drop(card.model)
+        assert card.step(batches) == undisturbed()
+        rings.append(card.stream.ring_size)
+    card.step([BATCH])
+    card.guard.make_room()
+    assert [*rings, card.stream.ring_size] == [4, 3, 3, 4, 2, 2] and card.failures == 0
+
+
+def test_what_a_pass_needs_is_measured_from_where_the_ring_has_been_resized() -> None:
+    card = Card(capacity=6, num_streamed=4, everything=False, by_size={load_of(BATCH): 0})
+    seen = []
+
+    class Meter:
+        def allocated(self) -> int:
+            seen.append(("allocated", card.stream.ring_size))
+            return 0
+
+        def take_highest(self) -> int:
+            seen.append(("take_highest", card.stream.ring_size))
+            return 0
+
+    card.keeping.meter = Meter()  # type: ignore[assignment]
+    card.guard.run(lambda: None, lambda: None, [BATCH])
+    card.guard.run(lambda: None, lambda: None, [BATCH])
+    assert seen == [("take_highest", 4), ("allocated", 4), ("allocated", 4)]
 
 
 def test_an_error_that_nothing_helps_against_passes_through_with_the_figures() -> None:

@@ -16,6 +16,8 @@ from wanlora.foundation.random import Streams
 from wanlora.foundation.shapes import PixelShape
 from wanlora.memory.cards import CARDS
 from wanlora.memory.checkpointing import Kept
+from wanlora.memory.choices import Swapping
+from wanlora.memory.outlook import Load
 from wanlora.training import planning
 from wanlora.training.build import build_trainee, fp8_weights
 from wanlora.training.optimizers import OptimizerChoice, choose_optimizer, state_bytes
@@ -204,9 +206,13 @@ def test_the_record_holds_what_was_said(checked: Checked) -> None:
 
 def test_auto_is_zero_without_a_card_and_that_is_said(checked: Checked, said: Captured) -> None:
     config, prepared = checked("--blocks_to_swap", "auto")
-    settled = planning.settle(config, prepared, planning.present_target(config))
+    settled = settled_config(config, prepared, planning.present_target(config))
     assert settled.memory.blocks_to_swap == 0
     assert "--blocks_to_swap auto: 0" in said.text
+
+
+def settled_config(config: TrainConfig, prepared: Prepared, card: Target) -> TrainConfig:
+    return planning.settle(config, prepared, card)[0]
 
 
 def tight_target(checked: Checked, *flags: str) -> tuple[TrainConfig, Prepared, Target]:
@@ -219,18 +225,62 @@ def tight_target(checked: Checked, *flags: str) -> tuple[TrainConfig, Prepared, 
 
 def test_auto_is_the_fewest_that_fit_on_a_card_whose_rates_are_not_known(checked: Checked, said: Captured) -> None:
     config, prepared, card = tight_target(checked)
-    settled = planning.settle(config, prepared, replace(card, rates=None))
+    settled = settled_config(config, prepared, replace(card, rates=None))
     assert settled.memory.blocks_to_swap in (2, 3)
     assert f"--blocks_to_swap auto: {settled.memory.blocks_to_swap}; " in said.text
-    assert planning.settle(config, prepared, target(4000)).memory.blocks_to_swap == 0
+    assert settled_config(config, prepared, target(4000)).memory.blocks_to_swap == 0
+
+
+def mixed_target(checked: Checked, *flags: str) -> tuple[TrainConfig, Prepared, Target]:
+    """Where the small size computes sooner than its blocks are copied."""
+    config, prepared, card = tight_target(checked, *flags)
+    assert card.rates is not None
+    return config, prepared, replace(card, rates=replace(card.rates, link=0.05))
+
+
+def test_auto_takes_a_number_for_each_size_where_that_is_foretold_to_be_faster_and_that_is_said(
+    checked: Checked, said: Captured
+) -> None:
+    config, prepared, card = mixed_target(checked)
+    settled, found = planning.settle(config, prepared, card)
+    numbers = found.swapped
+    assert len(numbers) == 3 and max(numbers.values()) == settled.memory.num_swapped > min(numbers.values())
+    text = ", ".join(str(number) for _, number in sorted((load.tokens * load.batch, n) for load, n in numbers.items()))
+    assert said.messages[-1].startswith(f"--blocks_to_swap auto: {text.split(', ')[0]} for ")
+    assert "of 12 blocks are swapped, " in said.text and "for every size; " in said.text
+    plan = make_plan(settled, found, card, dtype=torch.float32)
+    assert plan.fits and plan.faster == {}
+    assert {bucket.load: bucket.swapped for bucket in plan.buckets} == numbers
+    for bucket in plan.buckets:
+        alone = replace(plan.outlook, swapped=bucket.swapped, by_size={})
+        assert bucket.peak == alone.peak(bucket.load)
+    record = plan_record(plan)
+    assert [row["blocks_swapped"] for row in record["buckets"]] == [bucket.swapped for bucket in plan.buckets]
+    assert sum(record["card_bytes"].values()) == plan.largest.peak
+    header, *rows = [line.split() for line in lines(plan).splitlines() if line.startswith("  ")][:4]
+    column = header.index("swapped") - 1  # "needs GiB" is two words
+    assert [int(row[column]) for row in rows] == [bucket.swapped for bucket in plan.buckets]
+    assert "; swapped: blocks whose memory is freed for that size" in lines(plan)
+    alike = replace(settled, memory=replace(settled.memory, blocks_to_swap=11))
+    assert "--blocks_to_swap auto" in make_plan(alike, prepared, card, dtype=torch.float32).faster
+    assert "swapped" not in "".join(lines(make_plan(alike, prepared, card, dtype=torch.float32)).splitlines()[:2])
+
+
+def test_of_many_sizes_the_range_is_told() -> None:
+    numbers = {Load(tokens=100 * number): number for number in range(9)}
+    swapping = Swapping(number=8, fewest=3, by_size=numbers, gain=0.084, alike=5)
+    assert planning._reason(swapping, 40) == (
+        "0 to 8, each of 9 sizes its own number, of 40 blocks are swapped, 3 would fit; this is foretold to take 8% "
+        "less time than 5 for every size"
+    )
 
 
 def test_auto_is_more_than_suffice_where_that_is_foretold_to_be_faster_and_that_is_said(
     checked: Checked, said: Captured
 ) -> None:
     config, prepared, card = tight_target(checked)
-    fewest = planning.settle(config, prepared, replace(card, rates=None)).memory.num_swapped
-    settled = planning.settle(config, prepared, card)
+    fewest = settled_config(config, prepared, replace(card, rates=None)).memory.num_swapped
+    settled = settled_config(config, prepared, card)
     number = settled.memory.num_swapped
     assert number > fewest
     expected = f"{number} of 12 blocks are swapped: {fewest} would fit, {number} are foretold to take "
@@ -243,7 +293,7 @@ def test_auto_is_more_than_suffice_where_that_is_foretold_to_be_faster_and_that_
     assert f"foretold to be faster: --blocks_to_swap {number}, {spared:.0%} less time" in lines(plan)
     assert plan_record(plan)["faster"] == plan.faster
     poor = replace(card, host_free=3 * 2**30)  # as much as the program takes
-    assert planning.settle(config, prepared, poor).memory.num_swapped == fewest
+    assert settled_config(config, prepared, poor).memory.num_swapped == fewest
 
 
 def test_processes_of_one_machine_share_its_memory(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,13 +310,13 @@ def test_processes_of_one_machine_share_its_memory(checked: Checked, monkeypatch
 
 def test_auto_swaps_all_where_nothing_suffices(checked: Checked, said: Captured) -> None:
     config, prepared = checked("--blocks_to_swap", "auto")
-    assert planning.settle(config, prepared, target(1)).memory.blocks_to_swap == 10
+    assert settled_config(config, prepared, target(1)).memory.blocks_to_swap == 10
     assert "10, which are all" in said.text
 
 
 def test_a_number_is_left_as_it_is(checked: Checked) -> None:
     config, prepared = checked("--blocks_to_swap", "4")
-    assert planning.settle(config, prepared, target(1)) is config
+    assert settled_config(config, prepared, target(1)) is config
 
 
 def test_the_card_here_is_asked_for_what_is_free(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,12 +349,12 @@ def test_weights_are_transposed_where_every_size_fits_beside_them_with_nothing_r
     needed = max(everything.peak(bucket.load) for bucket in plan.buckets)
     for room, expected in ((needed, "on"), (needed - 1, "off")):
         said.clear()
-        settled = planning.settle(config, prepared, on_fast_card(room))
+        settled = settled_config(config, prepared, on_fast_card(room))
         assert settled.memory.fp8_fast_transposed == expected
         (line,) = said.messages
         wording = "weights are kept" if expected == "on" else "weights are not kept"
         assert line.startswith(f"--fp8_fast_transposed auto: {wording} transposed as well, 0.0 GiB; with nothing")
-    settled = planning.settle(config, prepared, on_fast_card(needed))
+    settled = settled_config(config, prepared, on_fast_card(needed))
     chosen = make_plan(settled, prepared, on_fast_card(needed), dtype=torch.bfloat16)
     assert chosen.outlook.transposed_bytes > 0 and "+ transposed weights 0.0" in lines(chosen)
     assert chosen.largest.peak - plan.largest.peak == chosen.outlook.transposed_bytes
@@ -312,11 +362,11 @@ def test_weights_are_transposed_where_every_size_fits_beside_them_with_nothing_r
 
 def test_weights_are_not_transposed_where_blocks_are_swapped(checked: Checked, said: Captured) -> None:
     config, prepared = checked(*FAST, "--blocks_to_swap", "2")
-    assert planning.settle(config, prepared, on_fast_card(2**40)).memory.fp8_fast_transposed == "off"
+    assert settled_config(config, prepared, on_fast_card(2**40)).memory.fp8_fast_transposed == "off"
     assert said.messages == []
     config, prepared = checked(*FAST, "--blocks_to_swap", "auto", "--fp8_fast_transposed", "on")
-    assert planning.settle(config, prepared, on_fast_card(2**40)).memory.fp8_fast_transposed == "on"
-    settled = planning.settle(config, prepared, on_fast_card(1))
+    assert settled_config(config, prepared, on_fast_card(2**40)).memory.fp8_fast_transposed == "on"
+    settled = settled_config(config, prepared, on_fast_card(1))
     assert settled.memory.fp8_fast_transposed == "off"
     assert said.messages[-1] == "--fp8_fast_transposed on: not done, because 10 blocks are swapped"
 
@@ -325,12 +375,12 @@ def test_weights_are_not_transposed_where_blocks_are_swapped(checked: Checked, s
 def test_weights_are_transposed_or_not_as_asked(checked: Checked, said: Captured, asked: str) -> None:
     config, prepared = checked(*FAST, "--fp8_fast_transposed", asked)
     room = 1 if asked == "on" else 2**40
-    settled = planning.settle(config, prepared, on_fast_card(room))
+    settled = settled_config(config, prepared, on_fast_card(room))
     assert settled.memory.fp8_fast_transposed == asked
     assert len(said.messages) == (asked == "on")
     assert not make_outlook(settled, prepared, target(4000), dtype=torch.bfloat16).transposed  # a card without fp8
     said.clear()
-    planning.settle(config, prepared, target(4000))
+    settled_config(config, prepared, target(4000))
     expected = ["--fp8_fast_transposed on: not done, because nothing is multiplied in fp8"] if asked == "on" else []
     assert said.messages == expected
 

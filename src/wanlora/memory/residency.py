@@ -1,0 +1,62 @@
+"""Streamed blocks that stay on the card while small batches come.
+
+Large batches need the memory of many blocks, small ones of few or none. All blocks that any size wants swapped are
+streamed for the whole run and have their masters on the host. How many device buffers they share is another matter:
+the ring is a cache of them and may be resized between steps (`streaming.py`), which copies and moves nothing by itself.
+So before each step the ring gets as many buffers as leave that step's sizes their number of swapped blocks. A ring that
+has grown is filled by the next forward; what that costs is part of how numbers are chosen (`choices.py`).
+
+Whatever else wants memory between steps gets the smallest ring.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from wanlora.foundation.log import log
+from wanlora.memory.measure import is_out_of_memory
+from wanlora.memory.outlook import Load, number_for
+from wanlora.memory.streaming import BlockStream
+
+
+class Residency:
+    """Resizes the ring of `stream` so that batches of each size have the number of swapped blocks in `by_size`.
+
+    Sizes without a number have the smallest ring.
+    """
+
+    def __init__(self, stream: BlockStream, by_size: Mapping[Load, int]) -> None:
+        self.stream = stream
+        self._by_size = dict(by_size)
+        self._all = len(stream.blocks)
+
+    def ring_for(self, loads: Iterable[Load]) -> int:
+        """Device buffers for a step on such batches: those of the one that wants most blocks swapped."""
+        numbers = [number_for(load, self._by_size) for load in loads]
+        most = max((self._all if number is None else number for number in numbers), default=self._all)
+        return max(len(self.stream.streamed_indexes) - most, self.stream.base_ring)
+
+    def prepare(self, loads: Iterable[Load]) -> bool:
+        """Before a step on such batches, before its memory is measured: whether the ring has changed."""
+        loads, before = list(loads), self.stream.ring_size
+        try:
+            self.stream.resize(self.ring_for(loads))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self.give_up(loads)
+            self.stream.resize(self.stream.base_ring)
+            log.warning(
+                "the card's memory does not suffice for all the blocks that were to stay on it for batches of "
+                f"{', '.join(str(load.tokens) for load in loads)} tokens: they are swapped from now on"
+            )
+        return self.stream.ring_size != before
+
+    def shrink(self) -> None:
+        """Between steps: give back what the ring need not hold."""
+        self.stream.resize(self.stream.base_ring)
+
+    def give_up(self, loads: Iterable[Load]) -> int:
+        """From now on such batches have the smallest ring; how many blocks more are swapped for them."""
+        loads = list(loads)
+        before = self.ring_for(loads)
+        self._by_size |= dict.fromkeys(loads, self._all)
+        return max(min(before, len(self.stream.streamed_indexes)) - self.stream.base_ring, 0)

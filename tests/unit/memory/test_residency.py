@@ -1,0 +1,88 @@
+"""Before a step the ring gets as many buffers as the step's sizes leave room for."""
+
+import logging
+
+import pytest
+import torch
+
+from tests.unit.memory.wan import adapted_wan
+from wanlora.foundation import log as logs
+from wanlora.memory.outlook import Load
+from wanlora.memory.residency import Residency
+from wanlora.memory.streaming import BlockStream
+
+SMALL, MIDDLE, LARGE = (Load(tokens=tokens) for tokens in (10, 20, 30))
+NUMBERS = {SMALL: 0, MIDDLE: 2, LARGE: 4}
+
+
+def streaming(num_streamed: int = 6) -> BlockStream:
+    stream = BlockStream(list(adapted_wan(6).blocks), num_streamed, torch.device("cpu"))
+    stream.attach()
+    return stream
+
+
+def test_the_ring_holds_what_a_size_does_not_want_swapped() -> None:
+    stream = streaming()
+    residency = Residency(stream, NUMBERS)
+    rings = []
+    for load in (LARGE, SMALL, MIDDLE, SMALL, LARGE):
+        changed = residency.prepare([load])
+        rings.append((stream.ring_size, changed))
+    assert rings == [(2, False), (6, True), (4, True), (6, True), (2, True)]
+
+
+def test_a_step_on_several_batches_has_the_ring_of_the_one_that_wants_most_swapped() -> None:
+    stream = streaming()
+    residency = Residency(stream, NUMBERS)
+    residency.prepare([SMALL, MIDDLE, SMALL])
+    assert stream.ring_size == 4
+    residency.prepare([SMALL, Load(tokens=11)])  # which nobody knows
+    assert stream.ring_size == 2
+
+
+def test_a_number_for_all_leaves_the_ring_as_it_is() -> None:
+    stream = streaming(4)
+    residency = Residency(stream, {})
+    assert not any(residency.prepare(loads) for loads in ([SMALL], [LARGE], []))
+    assert stream.ring_size == 2 and residency.give_up([SMALL]) == 0
+
+
+def test_between_steps_the_ring_shrinks_to_the_least() -> None:
+    stream = streaming()
+    residency = Residency(stream, NUMBERS)
+    residency.prepare([SMALL])
+    residency.shrink()
+    assert stream.ring_size == 2
+    assert residency.prepare([SMALL]) and stream.ring_size == 6
+
+
+def test_a_size_that_was_given_up_has_the_smallest_ring_and_others_keep_theirs() -> None:
+    stream = streaming(4)
+    residency = Residency(stream, {SMALL: 0, MIDDLE: 1, LARGE: 2})
+    residency.prepare([SMALL])
+    assert residency.give_up([SMALL]) == 2 and residency.give_up([SMALL]) == 0
+    residency.prepare([SMALL])
+    assert stream.ring_size == 2
+    residency.shrink()
+    stream.stream_more(2)
+    for load, ring in ((SMALL, 2), (MIDDLE, 5), (LARGE, 4)):
+        residency.prepare([load])
+        assert stream.ring_size == ring
+
+
+def test_blocks_that_no_memory_is_there_for_are_swapped_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logs.log, "propagate", True)
+    stream = streaming()
+    residency = Residency(stream, NUMBERS)
+    with monkeypatch.context() as patch:
+
+        def run_out() -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        patch.setattr(stream, "_make_slot", run_out)
+        assert not residency.prepare([SMALL])
+    assert stream.ring_size == 2 and "batches of 10 tokens: they are swapped from now on" in caplog.text
+    assert caplog.records[0].levelno == logging.WARNING
+    assert not residency.prepare([SMALL]) and residency.prepare([MIDDLE])
