@@ -279,7 +279,7 @@ class MemoryConfig(Checked):
     weights take; auto: where every size fits beside it with nothing recomputed and no block is swapped."""
     blocks_to_swap: CountOrZero | Literal["auto"] | None = None
     """How many transformer blocks' memory is freed: they stay in system memory and are copied when they are due; auto:
-    as many as are foretold to take least time, among those with which every size fits."""
+    for each size of batch as many as are foretold to make the run shortest, among those with which it fits."""
     use_pinned_memory_for_block_swap: bool = False
     """Pin the memory of those blocks: faster copies; this is always done."""
     block_swap_h2d_only: bool = False

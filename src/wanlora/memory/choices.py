@@ -126,8 +126,8 @@ def _by_size(outlook: Outlook, batches: Batches, room: int, card: Card, most: in
 
 
 def _best_for(outlook: Outlook, load: Load, room: int, card: Card) -> tuple[int, int]:
-    """The fewest swapped blocks with which such a batch fits, and the number with which one after another of them takes
-    least time."""
+    """The fewest swapped blocks with which such a batch fits, and the number with which a run of such batches alone
+    takes least time."""
     tried = [replace(outlook, by_size={load: number}) for number in range(outlook.swapped + 1)]
     seconds = {
         one.by_size[load]: one.seconds(load, card, kept=one.most_kept(load, room))

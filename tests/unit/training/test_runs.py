@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.runs import TrainingFolder
 from wanlora.cli.train_network import main
+from wanlora.config.train import TrainConfig
 from wanlora.memory.limit import CardLimit
+from wanlora.memory.outlook import Load
+from wanlora.memory.streaming import BlockStream
 from wanlora.quantization.fast_linear import FastFp8Linear
 from wanlora.training import objective
 from wanlora.training import run as runs
 from wanlora.training.metrics import read_steps, read_validations
+from wanlora.training.plan import Target, batches_of
 from wanlora.training.position import Position
+from wanlora.training.prepare import Prepared
 from wanlora.training.state import load_state, read_record
 
 
@@ -248,6 +254,39 @@ def test_blocks_that_are_kept_as_a_card_has_room_change_no_number(
         {key: row[key] for key in same} for row in rows(training_folder, "plain")
     ]
     assert {row["memory/peak_gib"] for row in rows(training_folder, "style")} == {100 / 1024}
+
+
+def test_numbers_of_swapped_blocks_by_size_change_no_number_and_the_ring_follows_them(
+    training_folder: TrainingFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--max_train_steps", "12", "--network_dropout", "0.5", "--gradient_checkpointing", "--trial_step")
+    training_folder.train(training_folder.arguments("plain", *flags))
+    wanted = {Load(tokens=6, batch=2): 9, Load(tokens=4): 0, Load(tokens=8): 5}
+
+    def decided(config: TrainConfig, prepared: Prepared, target: Target) -> tuple[TrainConfig, Prepared]:
+        assert batches_of(prepared.plan).keys() == wanted.keys()
+        return config, replace(prepared, swapped=wanted)
+
+    rings, resize = [], BlockStream.resize
+
+    def resized(stream: BlockStream, count: int) -> None:
+        resize(stream, count)
+        rings.append(stream.ring_size)
+
+    card = CardLimit(total=2**30, others=2**28, reserve=2**28)
+    monkeypatch.setattr("wanlora.training.run.settle", decided)
+    monkeypatch.setattr("wanlora.training.build.num_streamed", lambda *arguments: 11)
+    monkeypatch.setattr("wanlora.training.run.limit_card", lambda device, **options: card)
+    monkeypatch.setattr("wanlora.training.build.CudaMeter", Allocator)
+    monkeypatch.setattr(BlockStream, "resize", resized)
+    text = training_folder.train(training_folder.arguments("style", *flags))
+    same = ("step", "loss", "grad_norm", "items", "t")
+    assert [{key: row[key] for key in same} for row in rows(training_folder, "style")] == [
+        {key: row[key] for key in same} for row in rows(training_folder, "plain")
+    ]
+    first, trial, *others = rings
+    assert (first, trial) == (2, 2) and len(others) == 12 and set(others) == {2, 11, 6}
+    assert "the memory of every size was foretold within" in text
 
 
 def test_previews_are_decoded_in_tiles_if_asked(
