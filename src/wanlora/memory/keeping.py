@@ -19,7 +19,8 @@ than keeping everything, and its bytes are known, so where not all blocks can be
 fit. What such a block holds is then x and these bytes. Where the first pass promises room for nearly all blocks,
 attention waits until no more of them fit: then some are given up for it, if that spares more time (`mixing.py`). Each
 gives back at least what blocks have taken on average since nothing was kept, because none takes less than the one
-before. Where all blocks are kept and what they hold could be twice as much, they hold what the compiler likes best,
+before. The backward that begins at attention needs memory of its own, as much as attention of three blocks (0.4 GiB at
+7,488 tokens of the 14B model), which a first try leaves room for; the pass after it knows. Where all blocks are kept and what they hold could be twice as much, they hold what the compiler likes best,
 which is less than that.
 
 Where nothing can be measured (a CPU) nothing is chosen.
@@ -41,6 +42,8 @@ _AFTER_FAILURE = 0.95
 _AFTER_RETRY = 0.98
 _FIRST_ON_THE_LINE = 2
 """From so many kept blocks on, what a pass needs grows in a line: before, recomputing one block needs as much."""
+_BEGINNING = 4
+"""A backward that begins at attention needs no more than what so many blocks keep of attention."""
 _SHARE = 0.5
 """A block that is kept takes about this part of what the first pass allows it."""
 MOST_OF_EVERYTHING = 2
@@ -111,7 +114,9 @@ class _Size:
 
     def _keep(self, kept: int, attention: int) -> None:
         """Let the next pass keep so much."""
-        if kept != self.kept:
+        if bool(attention) != bool(self.attention):
+            self.before = (0, 0)  # a backward that begins at attention needs memory of its own: no line through both
+        elif kept != self.kept:
             self.before = (self.kept, self._without_attention())
         if (kept, attention) != (self.kept, self.attention):
             self.kept, self.attention, self.passes = kept, attention, 0
@@ -143,7 +148,7 @@ class _Size:
         best = (self.kept, self.attention_beside(self.kept))
         for kept in range(self.kept, -1 if frees else self.kept - 1, -1):
             spare = room - least + (self.kept - kept) * frees
-            attention = min(spare // self.attention_bytes, self.optional - kept, self.attention_ceiling)
+            attention = min(self._attention_within(spare), self.optional - kept, self.attention_ceiling)
             best = max(best, (kept, attention), key=spared)
         return present if best == (self.kept, self.attention_beside(self.kept)) else best
 
@@ -162,13 +167,17 @@ class _Size:
         spare = room - self.need
         if self.kept or not self.attention_bytes or spare > _SHARE * self.ceiling * self._each(num_inputs):
             return
-        wanted = min(max(self.attention + spare // self.attention_bytes, 0), self.attention_ceiling)
+        wanted = min(max(self.attention + self._attention_within(spare), 0), self.attention_ceiling)
         if wanted == self.attention:
             return
         if wanted < self.attention:
             self.attention_ceiling = wanted
         self.need += (wanted - self.attention) * self.attention_bytes
         self.attention, self.passes = wanted, 0
+
+    def _attention_within(self, spare: int) -> int:
+        """Blocks that may keep attention in so many bytes."""
+        return max(spare // self.attention_bytes - (0 if self.attention else _BEGINNING), -self.attention)
 
     def _each(self, num_inputs: int) -> int:
         """Bytes that a block that is kept needs at most beyond one that is recomputed."""

@@ -28,6 +28,8 @@ class World:
     loss_a_token: int = 0
     """Of the turn from forward to backward."""
     attention_a_token: int = 5 * WIDTH
+    attention_workspace_a_token: int = 14 * WIDTH
+    """Of a backward that begins at attention."""
     now_peak: int = 0
     num_retries: int = 0
 
@@ -55,7 +57,8 @@ class World:
         inputs = (NUM_BLOCKS - kept) * input_bytes + attention * self.attention_a_token * tokens
         at_the_turn = (kept * each + self.loss_a_token) * tokens + inputs
         recomputing = inputs + each * tokens if kept < NUM_BLOCKS else 0
-        return self.workspace_a_token * tokens + max(at_the_turn, recomputing)
+        workspace = self.workspace_a_token + (self.attention_workspace_a_token if attention else 0)
+        return workspace * tokens + max(at_the_turn, recomputing)
 
     def most(self, x: Tensor, limit: int, *, attention: int = 0) -> int:
         """The most blocks whose need stays below the limit while `attention` of all keep that at least."""
@@ -114,7 +117,8 @@ def test_attention_is_kept_before_blocks_are_where_not_all_of_them_fit(room: flo
     kept = [whole_pass(made, world, LARGE) for _ in range(8)]
     attention = world.most_attention(LARGE, limit)
     most = world.most(LARGE, limit, attention=NUM_BLOCKS) if attention == NUM_BLOCKS else 0
-    assert kept[0] == Kept() and kept[1].attention + kept[1].blocks == attention
+    assert kept[0] == Kept() and attention - 4 <= kept[1].attention + kept[1].blocks <= attention
+    assert kept[2].attention + kept[2].blocks == attention
     assert all(one.blocks <= most for one in kept) and kept[-1] == Kept(most, attention - most)
     assert attention > 0 and most < NUM_BLOCKS
 
@@ -128,6 +132,18 @@ def test_attention_is_not_tried_before_blocks_where_nearly_all_of_them_can_be_ke
     assert kept[first - 1].blocks >= world.most(LARGE, limit) - 1
     ample = keeping(world, 2**40, attention=world.attention_a_token)
     assert [whole_pass(ample, world, SMALL) for _ in range(2)] == [Kept(), Kept(NUM_BLOCKS)]
+
+
+@pytest.mark.parametrize("blocks", range(3, 30))
+def test_a_backward_that_begins_at_attention_has_room_the_first_time(blocks: int) -> None:
+    world = World()
+    limit = world.rest + world.need(LARGE, 0, attention=blocks)
+    made = keeping(world, limit, attention=world.attention_a_token)
+    kept = []
+    for _ in range(5):
+        kept.append(whole_pass(made, world, LARGE))
+        assert world.now_peak <= limit
+    assert kept[-1].attention == blocks
 
 
 @pytest.mark.parametrize("blocks", [22, 25, 31, 35, 37, 38, 39])
@@ -168,7 +184,7 @@ def test_attention_that_turns_out_not_to_fit_is_taken_back_for_good() -> None:
     each = world.attention_a_token * LARGE.shape[1]
     limit = world.rest + world.need(LARGE, 0, attention=20) + each // 2
     made = keeping(world, limit, attention=world.attention_a_token)
-    assert [whole_pass(made, world, LARGE) for _ in range(2)] == [Kept(), Kept(0, attention=20)]
+    assert [whole_pass(made, world, LARGE).attention for _ in range(3)] == [0, 19, 20]
     world.rest += 2 * each
     assert whole_pass(made, world, LARGE).attention == 18
     world.rest -= 2 * each
