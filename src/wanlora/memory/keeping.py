@@ -20,8 +20,10 @@ fit. What such a block holds is then x and these bytes. Where the first pass pro
 attention waits until no more of them fit: then some are given up for it, if that spares more time (`mixing.py`). Each
 gives back at least what blocks have taken on average since nothing was kept, because none takes less than the one
 before. The backward that begins at attention needs memory of its own, as much as attention of three blocks (0.4 GiB at
-7,488 tokens of the 14B model), which a first try leaves room for; the pass after it knows. Where all blocks are kept and what they hold could be twice as much, they hold what the compiler likes best,
-which is less than that.
+7,488 tokens of the 14B model), which a first try leaves room for; the pass after it knows.
+
+Where all blocks are kept and what they hold could be twice as much, they hold what the compiler likes best, which is
+less than that.
 
 Where nothing can be measured (a CPU) nothing is chosen.
 """
