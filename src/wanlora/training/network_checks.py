@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from wanlora.config.train import NetworkConfig
+from wanlora.foundation.blank import without_memory
 from wanlora.foundation.errors import ConfigError, Problems
 from wanlora.foundation.tensor_files import open_tensors
 from wanlora.lora.files import read_lora, shapes_from_weights
@@ -53,7 +54,8 @@ def choose_network(
     if config.network_weights is not None and config.dim_from_weights:
         ranks, alphas = shapes_from_weights(config.network_weights, modules)
         targets = tuple(target for target in targets if target in ranks)
-    network = inject(blank, targets, rank=ranks or config.rank, alpha=alphas, generator=torch.Generator())
+    with without_memory():
+        network = inject(blank, targets, rank=ranks or config.rank, alpha=alphas, generator=torch.Generator())
     with problems.collect():
         if config.network_weights is not None:
             network.check(read_lora(config.network_weights, modules), f"--network_weights {config.network_weights}")

@@ -41,7 +41,7 @@ def test_making_and_adapting_one_does_not_load_the_compiler() -> None:
         "from wanlora.quickstart.tiny_model import SIZES\n"
         "with without_memory():\n"
         "    model, others = WanTransformer(SIZES), (WanVAE(), UMT5Encoder())\n"
-        "inject(model, ['blocks.0.ffn.0'], rank=2, generator=torch.Generator())\n"
+        "    inject(model, ['blocks.0.ffn.0'], rank=2, generator=torch.Generator())\n"
         "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
