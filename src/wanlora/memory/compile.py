@@ -13,6 +13,8 @@ import importlib
 import importlib.util
 import os
 import shutil
+import signal
+import sys
 import sysconfig
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -48,14 +50,12 @@ def importing_compiler(*, whole: bool) -> Iterator[None]:
 
     It takes seconds, which `torch.compile` would otherwise take when blocks are made ready. An error shows there too.
     Without `whole` only the part that traces: torch imports it in the first step in any case, to tell it that
-    recomputing and optimizers are none of its business.
+    recomputing and optimizers are none of its business. An error of the caller, or Ctrl-C, waits for nothing.
     """
     thread = threading.Thread(target=_import_compiler, args=(_COMPILER if whole else _TRACER,), daemon=True)
     thread.start()
-    try:
-        yield
-    finally:
-        thread.join()  # modules that two threads import at once may be seen half made
+    yield
+    thread.join()  # modules that two threads import at once may be seen half made
 
 
 def _import_compiler(module: str) -> None:
@@ -65,6 +65,33 @@ def _import_compiler(module: str) -> None:
             importlib.import_module(module)
     finally:
         gc.enable()
+
+
+def abandon_compiling() -> None:
+    """Stop the processes that compile kernels, before this one ends early. Nothing can be compiled afterwards.
+
+    When it ends, torch before 2.13 waits for every kernel that was asked for: of a first step those of whole graphs,
+    tens of seconds.
+    """
+    for pool in getattr(sys.modules.get("torch._inductor.async_compile"), "_pool_set", ()):
+        process = getattr(pool, "process", None)
+        if process is not None:
+            workers = _children(process.pid)
+            pool.running = False  # or torch would tell the process to end, and wait
+            process.kill()
+            for worker in workers:  # they would live on for a minute
+                with suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
+
+
+def _children(process: int) -> list[int]:
+    """The processes that a process has started, on Linux; elsewhere torch compiles for cards without any."""
+    children = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it is over by now
+            parent = status.read_text().rpartition(")")[2].split()[1]
+            children += [int(status.parent.name)] if int(parent) == process else []
+    return children
 
 
 def compile_blocks(

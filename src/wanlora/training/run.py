@@ -16,6 +16,7 @@ from wanlora.foundation.errors import MemoryPlanError
 from wanlora.foundation.laps import start
 from wanlora.foundation.log import log
 from wanlora.foundation.random import Streams
+from wanlora.memory.compile import abandon_compiling
 from wanlora.memory.fitting import FittedVAE
 from wanlora.memory.limit import CardLimit, limit_card
 from wanlora.memory.marks import marks_for
@@ -114,6 +115,9 @@ class Run:
             log.info(f"steps {self.position.step + 1} to {self.total_steps}, seed {self.seed}, on {self.engine.device}")
             log.info(start.finish())
             trainer.train()
+        except KeyboardInterrupt:
+            abandon_compiling()
+            raise
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

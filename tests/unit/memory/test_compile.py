@@ -2,8 +2,12 @@
 
 import gc
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +15,15 @@ import torch
 
 from tests.unit.memory.wan import ARGUMENTS, adapted_wan, losses_and_gradients, train_step
 from wanlora.memory.checkpointing import Kept, Recompute
-from wanlora.memory.compile import compile_blocks, importing_compiler, is_compiled, missing_compiler, restore_blocks
+from wanlora.memory.compile import (
+    _children,
+    abandon_compiling,
+    compile_blocks,
+    importing_compiler,
+    is_compiled,
+    missing_compiler,
+    restore_blocks,
+)
 from wanlora.memory.streaming import BlockStream
 from wanlora.models.wan.blocks import WanSelfAttention
 
@@ -174,3 +186,44 @@ def test_the_compiler_is_imported_by_another_thread_and_is_there_afterwards(monk
         pass
     assert gc.isenabled()
     assert [name for name, *_ in imported] == ["torch._inductor.compile_fx", "torch._dynamo"]
+
+
+def test_ctrl_c_does_not_wait_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    importing: list[threading.Thread] = []
+    began, go_on = threading.Event(), threading.Event()
+
+    def import_module(name: str) -> None:
+        importing.append(threading.current_thread())
+        began.set()
+        go_on.wait(10)
+
+    monkeypatch.setattr("wanlora.memory.compile.importlib.import_module", import_module)
+    with pytest.raises(KeyboardInterrupt), importing_compiler(whole=True):
+        assert began.wait(10)
+        raise KeyboardInterrupt
+    (thread,) = importing
+    assert thread.is_alive() and thread.daemon
+    go_on.set()
+    thread.join()
+    assert gc.isenabled()
+
+
+def test_processes_that_compile_are_ended_and_torch_does_not_wait_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = "import subprocess, sys; print('at work', flush=True); subprocess.run([sys.executable, '-c', 'input()'])"
+    process = subprocess.Popen([sys.executable, "-c", worker], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    assert process.stdout.readline() == "at work\n"
+    while sys.platform == "linux" and not _children(process.pid):
+        time.sleep(0.01)
+    pools = [SimpleNamespace(running=True, process=process), SimpleNamespace()]
+    monkeypatch.setitem(sys.modules, "torch._inductor.async_compile", SimpleNamespace(_pool_set=pools))
+    abandon_compiling()
+    assert process.wait(10) != 0 and not pools[0].running
+    if sys.platform == "linux":
+        assert process.stdout.read() == ""  # which the worker would hold open until its input ends
+    process.stdin.close()
+
+
+def test_without_a_compiler_there_is_nothing_to_abandon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch._inductor.async_compile", raising=False)
+    abandon_compiling()

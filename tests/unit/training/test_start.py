@@ -55,3 +55,16 @@ def test_the_card_to_start_is_the_one_of_this_process_and_wrong_flags_are_left_t
     assert main(training_folder.arguments("style", "--device", "cuda:2", "--optimizer_type", "nowhere.Adam")) == 2
     text = training_folder.capture.readouterr().err
     assert "--device cuda:2" in text and "nowhere.Adam cannot be imported" in text
+
+
+def test_ctrl_c_ends_what_is_being_compiled(training_folder: TrainingFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    def interrupted(trainer: runs.Trainer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "abandon_compiling", lambda: events.append("abandoned"))
+    monkeypatch.setattr(runs.Trainer, "train", interrupted)
+    assert main(training_folder.arguments("style", "--max_train_steps", "1")) == 130
+    assert events == ["abandoned"]
+    assert "stopped by Ctrl-C" in training_folder.capture.readouterr().err
