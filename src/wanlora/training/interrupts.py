@@ -6,6 +6,9 @@ at once. Of several processes each gets Ctrl-C at another moment: there it waits
 that none waits for one that is gone. While a stopped run is being saved, Ctrl-C changes nothing: who presses it twice
 must not lose what the first one saves. A polite request to end (SIGTERM: a shutdown, a container that is stopped) is
 the same as Ctrl-C.
+
+Python drops what is raised in some places (hooks of a fork, while workers of the loader start; destructors). Ctrl-C that
+is lost there acts at the end of the next step.
 """
 
 import signal
@@ -29,7 +32,7 @@ class Interrupts:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.wanted = False
-        """Ctrl-C was pressed and has not acted yet."""
+        """Ctrl-C was pressed, and may not have acted yet."""
         self._held = False
         self._ignored = False
         self._former: dict[signal.Signals, Any] = {}
@@ -77,6 +80,7 @@ class Interrupts:
                 log.info("Ctrl-C: stopping after this step")
             self.wanted = True
         else:
+            self.wanted = True
             raise KeyboardInterrupt
 
     def _act_if(self, now: bool) -> None:

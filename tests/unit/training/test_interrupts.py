@@ -27,6 +27,21 @@ def test_ctrl_c_acts_at_once_between_updates() -> None:
         ctrl_c()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_that_python_drops_acts_at_the_end_of_the_next_update() -> None:
+    class Interrupted:
+        def __del__(self) -> None:
+            ctrl_c()
+
+    done = []
+    with interrupts() as made:
+        Interrupted()
+        done.append("dropped")
+        with pytest.raises(KeyboardInterrupt), made.held():
+            done.append("whole")
+    assert done == ["dropped", "whole"]
+
+
 def test_ctrl_c_waits_for_the_end_of_an_update() -> None:
     done = []
     with interrupts() as made, pytest.raises(KeyboardInterrupt), made.held():
