@@ -7,8 +7,8 @@ that none waits for one that is gone. While a stopped run is being saved, Ctrl-C
 must not lose what the first one saves. A polite request to end (SIGTERM: a shutdown, a container that is stopped) is
 the same as Ctrl-C.
 
-Python drops what is raised in some places (hooks of a fork, while workers of the loader start; destructors). Ctrl-C that
-is lost there acts at the end of the next step.
+Python drops what is raised in some places (hooks of a fork, while workers of the loader start; destructors). Ctrl-C
+that is lost there acts at the end of the next step.
 """
 
 import signal
