@@ -1,9 +1,8 @@
 """The driver makes PyTorch's own context on a card, before PyTorch is imported."""
 
-import subprocess
-import sys
-
 import pytest
+
+from tests.fresh import run_fresh
 
 pytestmark = pytest.mark.gpu
 
@@ -22,5 +21,4 @@ def test_the_context_that_is_made_meanwhile_is_the_one_that_pytorch_uses() -> No
         "assert (torch.ones(3, device='cuda:0') * 2).sum().item() == 6\n"
         "assert free - torch.cuda.mem_get_info(0)[0] < 200 * 2**20  # a second context would take more\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_fresh(code)

@@ -1,11 +1,9 @@
 """Modules without memory."""
 
-import subprocess
-import sys
-
 import torch
 from torch import nn
 
+from tests.fresh import run_fresh
 from wanlora.foundation.blank import without_memory
 from wanlora.models.wan.transformer import WanTransformer
 from wanlora.quickstart.tiny_model import SIZES
@@ -44,5 +42,4 @@ def test_making_and_adapting_one_does_not_load_the_compiler() -> None:
         "    inject(model, ['blocks.0.ffn.0'], rank=2, generator=torch.Generator())\n"
         "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_fresh(code)

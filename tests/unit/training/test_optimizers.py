@@ -1,8 +1,6 @@
 """Optimizers by name: what is built, with which settings, and what is refused."""
 
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 import transformers.optimization
 from torch import Tensor, nn
 
+from tests.fresh import run_fresh
 from wanlora.config.train import OptimizerConfig
 from wanlora.foundation.errors import ConfigError
 from wanlora.lora.network import inject
@@ -52,7 +51,7 @@ def test_importing_the_8bit_optimizer_does_not_load_the_compiler() -> None:
         "OPTIMIZERS.get('adamw8bit')(); assert torch.compile is before; "
         "sys.exit(bool({'torch._dynamo', 'torch._inductor.compile_fx', 'triton'} & set(sys.modules)))"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    run_fresh(code)
 
 
 def test_triton_is_neither_imported_for_the_8bit_optimizer_nor_missing_afterwards(tmp_path: Path) -> None:
@@ -64,8 +63,7 @@ def test_triton_is_neither_imported_for_the_8bit_optimizer_nor_missing_afterward
         "OPTIMIZERS.get('adamw8bit')(); assert 'triton' not in sys.modules; "
         "from torch.utils._triton import has_triton_package; assert has_triton_package()"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_fresh(code, str(tmp_path))
 
 
 def test_trying_an_optimizer_does_not_load_the_compiler() -> None:
@@ -75,8 +73,7 @@ def test_trying_an_optimizer_does_not_load_the_compiler() -> None:
         "maker=torch.optim.AdamW); choice.build([{'params': [torch.nn.Parameter(torch.zeros(2))], 'name': 'unet'}]); "
         "assert Optimizer.add_param_group is before; assert 'torch._dynamo' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_fresh(code)
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "AdamW8bit", "bitsandbytes.optim.AdamW8bit"])
