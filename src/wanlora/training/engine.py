@@ -138,3 +138,15 @@ def compute_dtype(mixed_precision: str | None, file_dtype: torch.dtype, device: 
     if kept is not torch.float32:
         say_once(f"no mixed precision asked for: maths stay in the checkpoint's own format, {dtype_name(kept)}")
     return kept
+
+
+def set_backends(config: RunConfig) -> None:
+    """The switches of torch that a run may turn on."""
+    if config.cuda_allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if config.cuda_cudnn_benchmark:
+        torch.backends.cudnn.benchmark = True
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

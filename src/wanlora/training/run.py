@@ -6,7 +6,7 @@ import secrets
 import torch
 from torch.optim import Optimizer
 
-from wanlora.config.train import RunConfig, TrainConfig
+from wanlora.config.train import TrainConfig
 from wanlora.data.loader import make_loader
 from wanlora.data.order import BatchSpec, epoch_batches
 from wanlora.diffusion.weighting import LOSS_WEIGHTINGS
@@ -29,7 +29,7 @@ from wanlora.training.announce import announce, show_timesteps
 from wanlora.training.build import Trainee, build_trainee, keep_transposed
 from wanlora.training.checkpoints import Checkpoints
 from wanlora.training.conditioning import encode_texts
-from wanlora.training.engine import Engine
+from wanlora.training.engine import Engine, set_backends
 from wanlora.training.flat import FlatGroups
 from wanlora.training.forecast import Forecast, PeakForecast, TimeForecast, sizes_of_epoch
 from wanlora.training.fp8_check import check_fp8_maths, sample_batches
@@ -388,15 +388,3 @@ class Run:
         )
         figures = guard.figures or memory_figures(self.engine.device)
         return explain_out_of_memory(figures, settings, bucket=describe(guard.working), clips=guard.working.names)
-
-
-def set_backends(config: RunConfig) -> None:
-    """The switches of torch that a run may turn on."""
-    if config.cuda_allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-    if config.cuda_cudnn_benchmark:
-        torch.backends.cudnn.benchmark = True
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
