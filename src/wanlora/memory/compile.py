@@ -176,9 +176,10 @@ class CompiledForward:
     def _go_on_in_pieces(self, save: Save, error: Exception) -> None:
         """Nothing has been computed yet: the compiler raises while it looks at the code."""
         if not self.in_pieces:
+            reason = str(error).strip().splitlines()[0]
             log.warning(
-                "a block does not compile into one graph; it is compiled in pieces, which takes more time and memory "
-                f"({str(error).strip().splitlines()[0]})"
+                f"blocks are not all compiled as one graph each: {reason}. They go on in pieces, beyond the limit of "
+                "graphs (--compile_cache_size_limit) as plain Python, which takes more time and memory"
             )
         self.in_pieces = True
         del self._graphs[save]
