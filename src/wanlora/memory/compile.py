@@ -25,12 +25,16 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from wanlora.foundation.log import log
 from wanlora.memory.saving import Save
 
 _TRACER, _COMPILER = "torch._dynamo", "torch._inductor.compile_fx"
+_OPTIMIZERS_OWN = (Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict)
+_RECOMPUTING = ("checkpoint", "_run_fn_with_dynamo_disabled")
 _C_COMPILERS = ("cc", "gcc", "clang", "cl")
 _TRITON_CAPABILITY = (7, 0)
 _GRAPHS = 32
@@ -49,8 +53,7 @@ def importing_compiler(*, whole: bool) -> Iterator[None]:
     """Import the compiler in a thread while the caller waits for something else (a checkpoint); it is there afterwards.
 
     It takes seconds, which `torch.compile` would otherwise take when blocks are made ready. An error shows there too.
-    Without `whole` only the part that traces: torch imports it in the first step in any case, to tell it that
-    recomputing and optimizers are none of its business. An error of the caller, or Ctrl-C, waits for nothing.
+    Without `whole` only the part that traces. An error of the caller, or Ctrl-C, waits for nothing.
     """
     thread = threading.Thread(target=_import_compiler, args=(_COMPILER if whole else _TRACER,), daemon=True)
     thread.start()
@@ -65,6 +68,21 @@ def _import_compiler(module: str) -> None:
             importlib.import_module(module)
     finally:
         gc.enable()
+
+
+def does_without_compiler(*, recomputes: bool) -> bool:
+    """Whether torch trains without importing its compiler, once nothing is to be compiled; asked before it does.
+
+    It would import it when an optimizer or recomputing is first used, only to tell it what is none of its business, and
+    note the answer on the function; here the answer is given. The import takes several seconds, most of a start from
+    kept weights. Versions of torch that look into the compiler's settings to recompute (2.13 does) cannot do without.
+    """
+    for function in (*_OPTIMIZERS_OWN, *(getattr(checkpointing, name, None) for name in _RECOMPUTING)):
+        original = getattr(function, "__wrapped__", None)
+        if original is not None:
+            vars(original).setdefault("__dynamo_disable", original)
+    asking: Any = getattr(checkpointing, "_checkpoint_without_reentrant_generator", None)
+    return not recomputes or (asking is not None and "_dynamo" not in asking.__code__.co_names)
 
 
 def abandon_compiling() -> None:
@@ -107,6 +125,8 @@ def compile_blocks(
 
     The options are those of `torch.compile`; `cache_size_limit` is how many variants of a graph are kept.
     """
+    # A norm's epsilon is a number like others to the compiler, until it has traced a block and begins again without.
+    torch._dynamo.config.specialize_float = True
     limit = torch._dynamo.config.recompile_limit
     # Graphs of all ways to save count together; one too many, and blocks would go on as plain Python.
     torch._dynamo.config.recompile_limit = cache_size_limit or max(limit, _GRAPHS)

@@ -23,7 +23,7 @@ before. The backward that begins at attention needs memory of its own, as much a
 7,488 tokens of the 14B model), which a first try leaves room for; the pass after it knows.
 
 Where all blocks are kept and what they hold could be twice as much, they hold what the compiler likes best, which is
-less than that.
+less than that; unless it is known to spare no time (`ample`).
 
 Where nothing can be measured (a CPU) nothing is chosen.
 """
@@ -199,7 +199,7 @@ class Keeping:
     `num_optional` of `num_blocks` may be kept; recomputation holds `num_inputs` block inputs on the card. `limit` bytes
     may be allocated in all, and one pass may take `activations` of them. `attention` bytes a token are what a block
     holds of attention if it keeps that alone; 0: it cannot. `everything`: all blocks are kept until memory runs out
-    once. Without a `meter` nothing is chosen.
+    once. `ample`: where much is left they hold what the compiler likes best. Without a `meter` nothing is chosen.
     """
 
     def __init__(
@@ -213,6 +213,7 @@ class Keeping:
         num_inputs: int | None = None,
         attention: int = 0,
         everything: bool = False,
+        ample: bool = True,
     ) -> None:
         self.num_optional = num_optional
         self.num_blocks = num_blocks
@@ -223,6 +224,7 @@ class Keeping:
         self.aside = 0
         """Bytes below the limit that passes must leave, because they could not be given back in time."""
         self.attention = attention
+        self.ample = ample
         self._everything_below: float = float("inf") if everything else 0
         """Inputs of this many bytes have run out of memory with everything kept."""
         self._sizes: dict[tuple[int, ...], _Size] = {}
@@ -309,7 +311,7 @@ class Keeping:
             self._sizes[key] = _Size(
                 input_bytes=num_bytes,
                 attention_bytes=x.shape[0] * x.shape[1] * self.attention,
-                may_hold_everything=self.attention > 0,
+                may_hold_everything=self.ample and self.attention > 0,
                 kept=self.num_optional if everything else 0,
                 optional=self.num_optional,
                 ceiling=self.num_optional,

@@ -151,7 +151,8 @@ class Outlook:
         optional, whole = self.optional, Kept(self.optional)
         if fits(whole):
             ample = MOST_OF_EVERYTHING * self._peak(load, whole) <= spare
-            return whole._replace(everything=ample and self.maths.compiled and self.recompute and optional > 0)
+            gains = self.maths.compiled and self.recompute and not self.fp8_products
+            return whole._replace(everything=ample and gains and optional > 0)
         blocks = _most(optional, lambda number: fits(Kept(number)))
         if not self.maths.compiled:
             return Kept(blocks)

@@ -120,7 +120,8 @@ class TakenBack:
             self._sound.logical_and_(numbers.isfinite().all())
             update()
             for tensor, former in zip(self._on_device(), before, strict=True):
-                torch.where(self._sound, tensor, former, out=tensor)
+                new, old = map(_in_words, (tensor, former)) if _has_words(tensor) else (tensor, former)
+                torch.where(self._sound, new, old, out=new)
         return host_state
 
     def put_back(self, host_state: HostState) -> None:
@@ -150,6 +151,17 @@ class TakenBack:
 
     def _lies_there(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.device.type == self.device.type
+
+
+def _has_words(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor, and that of its copy, can be read eight bytes at a time."""
+    sizes = (tensor.numel(), tensor.storage_offset())
+    return tensor.is_contiguous() and all(size * tensor.element_size() % 8 == 0 for size in sizes)
+
+
+def _in_words(tensor: Tensor) -> Tensor:
+    """The same memory as numbers of eight bytes: choosing between bytes takes three times as long."""
+    return tensor.detach().view(-1).view(torch.int64)
 
 
 def _copied(value: Any) -> Any:

@@ -7,6 +7,7 @@ instead of recomputed depends on both.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +24,7 @@ from wanlora.lora.merge import MergedLoRAs
 from wanlora.lora.network import LoRANetwork, inject
 from wanlora.lora.targets import candidates
 from wanlora.memory.checkpointing import Recompute
-from wanlora.memory.compile import compile_blocks, importing_compiler, missing_compiler
+from wanlora.memory.compile import compile_blocks, does_without_compiler, importing_compiler, missing_compiler
 from wanlora.memory.footprint import BlockMaths, attention_per_token
 from wanlora.memory.keeping import Keeping
 from wanlora.memory.limit import CardLimit
@@ -68,7 +69,7 @@ def build_trainee(
     dtype = compute_dtype(config.run.mixed_precision, prepared.transformer.dtypes[0], device)
     streamed = num_streamed(config.memory, device, prepared.transformer.sizes.num_layers)
     compiles = wants_compile(config.memory, device)
-    with importing_compiler(whole=compiles and config.memory.compile_backend == "inductor"):
+    with _compiler(config.memory, compiles):
         model = _load(config, prepared, device, dtype, streamed, quiet)
         start.lap("weights")
         network = _adapt(config.network, prepared, model, device, streams)
@@ -140,6 +141,13 @@ def keep_transposed(config: MemoryConfig, model: WanTransformer) -> TransposedWe
             raise
         log.warning("the card has too little memory left for transposed weights; steps take a little longer without")
     return made
+
+
+def _compiler(config: MemoryConfig, compiles: bool) -> AbstractContextManager[None]:
+    """Within, as much of torch's compiler is imported as the run needs."""
+    if not compiles and does_without_compiler(recomputes=config.gradient_checkpointing):
+        return nullcontext()
+    return importing_compiler(whole=compiles and config.compile_backend == "inductor")
 
 
 def _load(
@@ -290,6 +298,7 @@ def choose_keeping(
         num_inputs=0 if recompute.offload else num_blocks,
         attention=attention if recompute.chooses else 0,
         everything=everything,
+        ample=fp8_weights(config, device) != "rows",  # with fp8 maths what is read and written more takes that time
     )
 
 

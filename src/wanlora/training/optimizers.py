@@ -96,16 +96,18 @@ def _without_compilers() -> Iterator[None]:
     """While it is imported, bitsandbytes hands its kernels for processors to `torch.compile`, which loads the compiler.
 
     That takes more than a second, is needed by nothing of a card's, and costs a processor far more in compiling than
-    it saves; so these functions stay as they are written. Triton, which it imports too, makes nothing for CUDA there.
+    it saves; so these functions stay as they are written. So do its operators, which torch would load the compiler for
+    at their first call, to exclude them from what is compiled; nothing compiled calls an optimizer's. Triton, which it
+    imports too, makes nothing for CUDA there.
     """
-    compile_, hides = torch.compile, "triton" not in sys.modules
-    torch.compile = _as_it_is
+    compile_, exclude, hides = torch.compile, torch._disable_dynamo, "triton" not in sys.modules
+    torch.compile = torch._disable_dynamo = _as_it_is  # type: ignore[assignment]
     if hides:
         sys.modules["triton"] = None  # type: ignore[assignment]  # an import of it fails, as where there is none
     try:
         yield
     finally:
-        torch.compile = compile_
+        torch.compile, torch._disable_dynamo = compile_, exclude
         if hides:
             del sys.modules["triton"]
 
@@ -125,7 +127,7 @@ def _without_asking_compiler() -> Iterator[None]:
 
 
 def _as_it_is(model: Any = None, **options: Any) -> Any:
-    """A `torch.compile` that compiles nothing."""
+    """A `torch.compile` that compiles nothing, and an exclusion from it that excludes nothing."""
     return _as_it_is if model is None else model
 
 

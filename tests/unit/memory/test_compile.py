@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.fresh import run_fresh
 from tests.unit.memory.wan import ARGUMENTS, adapted_wan, losses_and_gradients, train_step
 from wanlora.memory.checkpointing import Kept, Recompute
 from wanlora.memory.compile import (
@@ -38,6 +39,7 @@ class _Backend:
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.graphs += 1
+        self.last = graph.graph
         return graph.forward
 
 
@@ -54,6 +56,7 @@ def test_one_graph_serves_all_blocks_and_all_lengths() -> None:
     compile_blocks(model.blocks, backend=backend, fullgraph=True)
     assert [train_step(model), train_step(model, longer)] == expected
     assert backend.graphs == 1
+    assert "item" not in {str(node.target) for node in backend.last.nodes}  # no number but sizes is a variable of it
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None)
         assert ours.grad is None or theirs.grad is None or torch.equal(ours.grad, theirs.grad)
@@ -186,6 +189,30 @@ def test_the_compiler_is_imported_by_another_thread_and_is_there_afterwards(monk
         pass
     assert gc.isenabled()
     assert [name for name, *_ in imported] == ["torch._inductor.compile_fx", "torch._dynamo"]
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_training_does_without_the_compiler_where_it_says_so(recomputes: bool) -> None:
+    """In a process of its own: here somebody may have loaded it long ago."""
+    code = (
+        "import sys, torch\n"
+        "from wanlora.memory.compile import does_without_compiler\n"
+        "recomputes = sys.argv[1] == 'True'\n"
+        "expected = does_without_compiler(recomputes=recomputes)\n"
+        "assert expected or recomputes\n"
+        "layer = torch.nn.Linear(4, 4)\n"
+        "optimizer = torch.optim.AdamW(layer.parameters())\n"
+        "x = torch.ones(2, 4, requires_grad=True)\n"
+        "checkpoint = torch.utils.checkpoint.checkpoint\n"
+        "out = checkpoint(layer, x, use_reentrant=False) if recomputes else layer(x)\n"
+        "out.sum().backward()\n"
+        "assert torch.equal(layer.bias.grad, torch.full((4,), 2.0)) and x.grad is not None\n"
+        "optimizer.zero_grad()\n"
+        "optimizer.load_state_dict(optimizer.state_dict())\n"
+        "optimizer.add_param_group({'params': [torch.nn.Parameter(x.detach())]})\n"
+        "assert expected == (not {'torch._dynamo', 'sympy'} & set(sys.modules))\n"
+    )
+    run_fresh(code, str(recomputes))
 
 
 def test_ctrl_c_does_not_wait_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

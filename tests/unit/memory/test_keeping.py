@@ -80,7 +80,13 @@ SMALL, LARGE = stream(1000), stream(8000)
 
 
 def keeping(
-    world: World, limit: int, *, activations: int | None = None, everything: bool = False, attention: int = 0
+    world: World,
+    limit: int,
+    *,
+    activations: int | None = None,
+    everything: bool = False,
+    attention: int = 0,
+    ample: bool = True,
 ) -> Keeping:
     return Keeping(
         NUM_BLOCKS,
@@ -89,6 +95,7 @@ def keeping(
         limit=limit,
         activations=activations,
         everything=everything,
+        ample=ample,
         attention=attention,
     )
 
@@ -203,8 +210,8 @@ def test_blocks_hold_everything_where_twice_as_much_fits_and_go_back_if_it_does_
     assert sorted(kept) == kept
     world.rest += world.need(SMALL, NUM_BLOCKS) // 2
     assert [whole_pass(made, world, SMALL) for _ in range(3)] == [Kept(NUM_BLOCKS)] * 3
-    never = keeping(World(), limit)
-    assert not any(whole_pass(never, World(), SMALL).everything for _ in range(6))
+    for never in (keeping(World(), limit), keeping(World(), limit, attention=world.attention_a_token, ample=False)):
+        assert [whole_pass(never, World(), SMALL) for _ in range(6)][-3:] == [Kept(NUM_BLOCKS)] * 3
 
 
 @pytest.mark.parametrize("gib", [1.5, 2.0, 3.0, 4.5])

@@ -110,6 +110,35 @@ def test_an_update_that_is_not_sound_and_all_after_it_change_nothing(name: str) 
     assert same(before, updates.all)
 
 
+@pytest.mark.parametrize("sound", [True, False])
+def test_memory_of_any_size_and_order_is_put_back_to_the_bit(sound: bool) -> None:
+    optimizer = Counting([nn.Parameter(torch.zeros(2))], lr=0.1)
+    states = [
+        torch.arange(24, dtype=torch.uint8),
+        torch.arange(7, dtype=torch.uint8),
+        torch.arange(25, dtype=torch.uint8)[1:],
+        torch.randn(4, 6).T,
+        torch.randn(4, 6)[:, ::2],
+        torch.tensor([float("nan"), -0.0, float("inf"), 1.0]),
+        torch.tensor(3.0),
+    ]
+    optimizer.state[optimizer.param_groups[0]["params"][0]] = dict(enumerate(states))
+    taken_back = TakenBack(optimizer, [], CPU)
+    before = [state.clone() for state in states]
+
+    def update() -> None:
+        for state in states:
+            state.add_(1)
+
+    taken_back.update(update, SOUND if sound else BROKEN, taken_back.copies())
+    expected = [state + 1 for state in before] if sound else before
+    assert all(map(_same_bits, states, expected))
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
+
+
 def test_what_an_update_changes_is_not_known_before_the_first() -> None:
     updates = Updates(adam)
     assert not updates.taken_back.is_possible

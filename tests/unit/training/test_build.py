@@ -160,7 +160,7 @@ def test_compiling_is_the_default_only_on_cuda_with_a_compiler(monkeypatch: pyte
 
 @pytest.mark.parametrize(
     ("flags", "whole"),
-    [(["--compile"], True), (["--compile", "--compile_backend", "aot_eager"], False), (["--no_compile"], False)],
+    [(["--compile"], True), (["--compile", "--compile_backend", "aot_eager"], False)],
 )
 def test_the_compiler_is_imported_while_the_model_is_read_the_whole_if_blocks_are_compiled_by_it(
     checked: Checked, monkeypatch: pytest.MonkeyPatch, flags: list[str], whole: bool
@@ -181,6 +181,13 @@ def test_the_compiler_is_imported_while_the_model_is_read_the_whole_if_blocks_ar
     monkeypatch.setattr("wanlora.training.build._load", load)
     build(checked, *flags)
     assert events == [whole, "read", "imported"]
+    events.clear()
+    build(checked, "--no_compile")
+    assert events == ["read"]
+    events.clear()
+    monkeypatch.setattr("wanlora.training.build.does_without_compiler", lambda *, recomputes: not recomputes)
+    build(checked, "--no_compile", "--gradient_checkpointing")
+    assert events == [False, "read", "imported"]
 
 
 def test_recomputation_covers_all_blocks_with_gradient_checkpointing(checked: Checked) -> None:

@@ -127,6 +127,8 @@ def test_a_plan_that_fits_says_so(checked: Checked) -> None:
     assert "needs: with every block recomputed" in text
     assert all(str(bucket.pixels) in text for bucket in plan.buckets)
     assert all(bucket.kept == Kept(12, everything=True) for bucket in plan.buckets)
+    fast = replace(plan.outlook, fp8_products=True)
+    assert fast.most_kept(plan.largest.load, 2000 * 2**30) == Kept(12)
 
 
 def test_sizes_that_a_slow_host_would_bound_are_named(checked: Checked) -> None:

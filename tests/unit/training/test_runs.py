@@ -91,18 +91,20 @@ def test_weights_that_an_earlier_start_kept_train_alike(training_folder: Trainin
 
 _WATCHED = """
 import json, sys
-from contextlib import contextmanager
 from wanlora.cli.entry import run_script
+from wanlora.training import build
 
-@contextmanager
-def importing_compiler(*, whole):
-    before = sorted(sys.modules)
-    yield
-    open(sys.argv[1], "w").write(json.dumps({"checks": before, "adapted": sorted(sys.modules)}))
+def noting(*args):
+    modules["checks"] = sorted(sys.modules)
+    model = load(*args)
+    modules["read"] = sorted(sys.modules)
+    return model
 
-import wanlora.training.build
-wanlora.training.build.importing_compiler = importing_compiler
-sys.exit(run_script("wanlora.cli.train_network", sys.argv[2:]))
+modules, load, build._load = {}, build._load, noting
+code = run_script("wanlora.cli.train_network", sys.argv[2:])
+modules["end"] = sorted({"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules))
+open(sys.argv[1], "w").write(json.dumps(modules))
+sys.exit(code)
 """
 
 
@@ -119,7 +121,7 @@ def test_a_start_from_kept_weights_imports_nothing_that_it_does_not_need(trainin
         unneeded = {"torch._dynamo", "torch._inductor", "sympy", "triton", "tensorboard", "transformers", "diffusers"}
         unneeded |= {"av", "cv2", "PIL", "ftfy", "huggingface_hub", "tokenizers"}
         assert not unneeded & set(modules), moment
-        assert "bitsandbytes" in modules
+        assert "bitsandbytes" in modules or moment == "end"
 
 
 def test_validation_is_logged_and_changes_no_step(training_folder: TrainingFolder) -> None:
