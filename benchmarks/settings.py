@@ -45,6 +45,8 @@ SETTINGS: dict[str, Setting] = {
         Setting(name="swap-36-bf16-residual", extra=f"{_ALL} --blocks_to_swap 36 {_NARROW}"),
         Setting(name="keep-bf16-residual", extra=f"{_KEEP} {_NARROW}"),
         Setting(name="keep-fp8-fast-bf16-residual", extra=f"{_KEEP} --fp8_fast {_NARROW}"),
+        Setting(name="graphs-fp8-fast-bf16-residual", extra=f"{_GRAPHS} --fp8_fast {_NARROW}"),
+        Setting(name="tuned-fp8-fast-bf16-residual", extra=f"{_GRAPHS} --fp8_fast {_NARROW} --compile_mode tuned"),
         Setting(name="auto-cap-24-bf16-residual", extra=f"{_AUTO} --vram_limit 24 {_NARROW}"),
         Setting(name="auto-fp8-fast-cap-24-bf16-residual", extra=f"{_AUTO} --fp8_fast --vram_limit 24 {_NARROW}"),
         Setting(name="peer-compile", peer="compile"),

@@ -293,7 +293,7 @@ class MemoryConfig(Checked):
     compile_backend: str = "inductor"
     """Backend of torch.compile."""
     compile_mode: str = "default"
-    """Mode of torch.compile."""
+    """Mode of torch.compile, or tuned: try more shapes of kernels, a minute at the first start, for faster steps."""
     compile_dynamic: Literal["true", "false", "auto"] | None = None
     """Whether one graph serves all sizes. Default: true for the number of tokens."""
     compile_fullgraph: bool = False

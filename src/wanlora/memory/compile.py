@@ -32,6 +32,8 @@ from torch.optim import Optimizer
 from wanlora.foundation.log import log
 from wanlora.memory.saving import Save
 
+TUNED = "tuned"
+"""A mode of ours: the compiler tries more shapes of each kernel of its own, of products none."""
 _TRACER, _COMPILER = "torch._dynamo", "torch._inductor.compile_fx"
 _OPTIMIZERS_OWN = (Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict)
 _RECOMPUTING = ("checkpoint", "_run_fn_with_dynamo_disabled")
@@ -212,18 +214,25 @@ def _is_about_graphs(error: Exception) -> bool:
     return isinstance(error, Unsupported | FailOnRecompileLimitHit)
 
 
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """Settings of torch's own compiler for a mode of `torch.compile` or `TUNED`."""
+    from torch._inductor import list_mode_options
+
+    if mode == TUNED:
+        return {"coordinate_descent_tuning": True}
+    return list_mode_options(mode) if mode else {}
+
+
 def saving_backend(save: Save, mode: str | None) -> Callable[..., Any]:
-    """A backend for `torch.compile` that cuts graphs as `save` says; `mode` is that of `torch.compile`."""
+    """A backend for `torch.compile` that cuts graphs as `save` says; `mode`: see `mode_options`."""
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         import torch._functorch.config as partitioning
-        from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
 
         from wanlora.memory.marking import Marking
 
-        chosen = {"realize_reads_threshold": _READS, **(list_mode_options(mode) if mode else {})}
-        options = {**chosen, "joint_custom_post_pass": Marking(save)}
+        options = {"realize_reads_threshold": _READS, **mode_options(mode), "joint_custom_post_pass": Marking(save)}
         with partitioning.patch(aggressive_recomputation=save != "everything"):
             return compile_fx(graph, inputs, config_patches=options)
 

@@ -29,6 +29,7 @@ from wanlora.config.train import TrainConfig
 from wanlora.foundation.log import say_once, warn_once
 from wanlora.foundation.shapes import LatentShape
 from wanlora.memory.checkpointing import Recompute
+from wanlora.memory.compile import TUNED
 from wanlora.memory.graphs import CardGraphs
 from wanlora.memory.keeping import Keeping
 from wanlora.models.wan.rope import RopeTables
@@ -42,6 +43,8 @@ Pass = Callable[[Inputs], None]
 
 MOST = 8
 """So many graphs are held at most: the first of a 14B model takes 86 MiB of the card outside of the allocator."""
+_MODES = ("default", TUNED, "max-autotune-no-cudagraphs")
+"""Of the compiler, which make no graphs themselves."""
 _SIGHTINGS = 2
 """A size is recorded after so many passes in a row in which the card waited."""
 _BEHIND = 0.05
@@ -232,7 +235,7 @@ def choose_replays(
         f"--optimizer_type {config.optimizer.optimizer_type} is given its gradients matrix by matrix": flat is None,
         "float16 changes its loss scale while running": trainee.dtype is torch.float16,
         "module_dropout is drawn by the host": bool(config.network.args.module_dropout),
-        f"--compile_mode {mode} may make graphs of its own": mode not in ("default", "max-autotune-no-cudagraphs"),
+        f"--compile_mode {mode} may make graphs of its own": mode not in _MODES,
     }
     found = [reason for reason, holds in obstacles.items() if holds]
     if flat is None or found:

@@ -27,6 +27,7 @@ from wanlora.foundation.laps import start
 from wanlora.foundation.log import log, say_once
 from wanlora.foundation.tensor_files import open_tensors
 from wanlora.generation.requests import PreviewRequest, resolve_all
+from wanlora.memory.compile import TUNED
 from wanlora.memory.outlook import Load
 from wanlora.memory.placement import streamed_indexes
 from wanlora.models.attention import require_dtype, require_kernel
@@ -198,8 +199,10 @@ def _check_optimizer(config: TrainConfig, problems: Problems) -> OptimizerChoice
 def _check_compilation(config: MemoryConfig) -> None:
     """torch knows the backend and the mode; to ask it takes seconds, so nobody asks about the usual ones."""
     chosen = (config.compile_backend, config.compile_mode)
-    if config.compile is False or chosen == ("inductor", "default"):
+    if config.compile is False or chosen in (("inductor", "default"), ("inductor", TUNED)):
         return
+    if config.compile_mode == TUNED:
+        raise ConfigError(f"--compile_mode {TUNED} is for --compile_backend inductor; leave one of them out")
     try:
         torch.compile(lambda x: x, backend=chosen[0], mode=chosen[1])
     except RuntimeError as error:

@@ -115,11 +115,12 @@ def test_gradients_behind_a_rotation_are_computed_twice_and_a_mode_keeps_its_opt
         handed.append(config_patches)
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
-    for mode in (None, "max-autotune-no-cudagraphs"):
+    for mode in (None, "max-autotune-no-cudagraphs", "tuned"):
         saving_backend(save, mode)(torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), [])
     reads = 2 + 2 + 1  # both elements of a pair, cosine and sine, weight of the norm
     assert all(options["realize_reads_threshold"] == reads for options in handed)
-    assert ["max_autotune" in options for options in handed] == [False, True]
+    assert ["max_autotune" in options for options in handed] == [False, True, False]
+    assert ["coordinate_descent_tuning" in options for options in handed] == [False, True, True]
     with torch._inductor.config.patch(handed[0]):
         assert torch._inductor.config.realize_reads_threshold == reads
 
