@@ -71,18 +71,22 @@ class Run:
         batches_per_step: int = 1,
         mixed: bool = False,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+        dtype: torch.dtype = torch.float32,
+        narrow: bool = True,
     ) -> None:
         self.mixed = mixed
         torch.manual_seed(0)
-        model = WanTransformer(SIZES, attention="reference")
-        network = inject(model, select_targets(model), rank=4, generator=torch.Generator().manual_seed(0), dropout=0.2)
+        model = WanTransformer(SIZES, compute_dtype=dtype, attention="reference")
+        generator = torch.Generator().manual_seed(0)
+        network = inject(model, select_targets(model), rank=4, alpha=2.0, generator=generator, dropout=0.2)
         for weights in network.weights().values():
             torch.nn.init.normal_(weights.up, std=0.05)
         model.to(CARD).train()
         if compiled:
             compile_blocks(model.blocks, fullgraph=True)
         self.batches_per_step = batches_per_step
-        flat = FlatGroups([{"params": list(network.parameters()), "lr": 1e-2}])
+        groups = [{"params": list(network.parameters()), "lr": 1e-2}]
+        flat = FlatGroups(groups, network, dtype) if narrow else FlatGroups(groups)
         made = optimizer(flat.groups)
         noise = Noise(Streams(7), build_plan(timestep_sampling="uniform"), lambda epoch: [1] * 64)
         guard = MemoryGuard(CARD)
@@ -167,6 +171,22 @@ def test_replayed_passes_give_the_same_bits(
     assert run.replays is not None
     assert 4 <= run.replays.replayed < 18 * batches_per_step
     assert run.replays.is_open
+
+
+@pytest.mark.parametrize(
+    ("compiled", "replays", "batches_per_step"), [(False, False, 2), (True, False, 1), (True, True, 1), (True, True, 2)]
+)
+def test_factors_cast_once_a_step_give_the_same_bits(
+    compiled: bool, replays: bool, batches_per_step: int, recorded_at_once: None, fixed_order: None
+) -> None:
+    """As factors that are cast in every block, for which other kernels are compiled; graphs read each step's copies."""
+    if compiled and missing_compiler(CARD):
+        compiled = False
+    options: dict[str, Any] = {"compiled": compiled, "batches_per_step": batches_per_step, "dtype": torch.bfloat16}
+    run, plain = Run(replays=replays, **options), Run(replays=False, narrow=False, **options)
+    assert run.step.flat is not None and run.step.flat.members[0].narrow
+    assert_same(run, plain, [SMALL, LARGE] * 6)
+    assert run.replays is None or run.replays.replayed > 0
 
 
 def test_a_card_that_waits_for_the_host_is_recognised() -> None:

@@ -3,9 +3,9 @@
 LoRA (arXiv:2106.09685) keeps W as it is and learns y = W x + m (alpha / r) B A x with A of r rows and B of r columns.
 A starts random and B at zero, so an untrained adapter changes nothing. The two factors are kept in float32, because an
 optimizer step is often smaller than the spacing of bfloat16 numbers, and are cast to the activation's format at every
-call; casting r rows costs next to nothing. The factor m alpha / r goes into B before that cast, so it is rounded once
-and the wide activations are never multiplied. The base may be any module with `in_features` and `out_features`,
-quantised or not: only its output is used.
+call, or once for all calls of a training step (`narrow.py`). The factor m alpha / r goes into B before that cast, so it
+is rounded once and the wide activations are never multiplied. The base may be any module with `in_features` and
+`out_features`, quantised or not: only its output is used.
 """
 
 import math
@@ -22,9 +22,24 @@ from wanlora.models.wan.layers import project
 class Factor(nn.Module):
     """One of the two trained matrices, [rows, columns] float32."""
 
+    narrow: nn.Parameter | None
+    """While it is lent: the matrix, times its strength, in the format of the activations."""
+
     def __init__(self, rows: int, columns: int, device: torch.device) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(rows, columns, dtype=torch.float32, device=device))
+        self.lend(None)
+
+    def lend(self, narrow: nn.Parameter | None) -> None:
+        """Compute with `narrow` from now on, or with what `weight` is."""
+        # Not as a parameter of the module: it is neither trained, saved, moved nor counted with them.
+        object.__setattr__(self, "narrow", narrow)
+
+    def times(self, strength: float) -> Tensor:
+        """The matrix times `strength`; what is lent has been multiplied by it."""
+        if self.narrow is not None:
+            return self.narrow
+        return self.weight if strength == 1 else self.weight * strength
 
 
 class LoRALinear(nn.Module):
@@ -80,7 +95,7 @@ class LoRALinear(nn.Module):
         outs = project(x, [layer.base for layer in layers])
         if all(layer.strength == 0 for layer in layers):
             return outs
-        downs: list[Tensor] = [layer.lora_down.weight for layer in layers]
+        downs = [layer.lora_down.times(1) for layer in layers]
         hidden = F.linear(x, (torch.cat(downs) if len(downs) > 1 else downs[0]).to(x.dtype))
         parts = hidden.split([len(down) for down in downs], dim=-1)
         return tuple(layer._updated(out, part) for layer, out, part in zip(layers, outs, parts, strict=True))
@@ -96,8 +111,8 @@ class LoRALinear(nn.Module):
             return out
         if self.training:
             hidden = self._drop(hidden)
-        up = self.lora_up.weight if self.strength == 1 else self.lora_up.weight * self.strength
-        return out + F.linear(hidden, up.to(hidden.dtype)).to(out.dtype)
+        up = self.lora_up.times(self.strength).to(hidden.dtype)
+        return out + F.linear(hidden, up).to(out.dtype)
 
     def _drop(self, hidden: Tensor) -> Tensor:
         """Dropout on the rank activations [B, ..., r]."""

@@ -51,6 +51,8 @@ class BlockMaths:
     """Of the adapters; the largest if they differ."""
     adapted: Collection[str] = ADAPTABLE
     """Layers of a block that have an adapter, names of `ADAPTABLE`."""
+    narrow: bool = False
+    """The adapters' factors are there in the compute dtype too, made once a step (`lora/narrow.py`)."""
     text_rows: int = 512
     """Rows of text that are computed; cross attention looks at `text_len`, those that stand for many written out."""
 
@@ -96,15 +98,15 @@ def step_peak(
     attention: int = 0,
     everything: bool = False,
     gradients: int = 0,
-    accumulates: bool = False,
+    summed: int = 0,
 ) -> int:
     """Bytes that a step needs beyond what rests on the card, with `num_kept` blocks kept and the others recomputed,
     of which `attention` keep the result of attention. `everything`: see `kept_block`.
 
     The kept blocks are the last ones (`checkpointing.py`): backward has let go of one by the time that another is made
-    again, so the first that is kept costs nothing. `gradients` are the bytes of the adapters' gradients. They grow
-    while what blocks hold is let go, so only the larger of both counts, unless gradients of an earlier batch are there
-    from the start (`accumulates`).
+    again, so the first that is kept costs nothing. `gradients` are the bytes of the adapters' gradients that grow while
+    what blocks hold is let go, so that only the larger of both counts; `summed` are those of the gradients of earlier
+    batches, which are there from the start.
     """
     kept = kept_block(maths, tokens, batch, everything=everything)
     held = recomputed_block(maths, tokens, batch)
@@ -114,8 +116,7 @@ def step_peak(
     if not num_kept:
         at_the_turn += kept - held - (more if attention else 0)
     at_the_end = kept if num_recomputed else held
-    most = max(at_the_turn, at_the_end) + gradients if accumulates else max(at_the_turn, at_the_end + gradients)
-    return most + workspace(maths, tokens, batch)
+    return max(at_the_turn, at_the_end + gradients) + summed + workspace(maths, tokens, batch)
 
 
 def _kept_per_token(maths: BlockMaths, products: bool) -> int:
@@ -158,9 +159,10 @@ def _kept_of_text(maths: BlockMaths, products: bool) -> int:
 def _kept_once(maths: BlockMaths) -> int:
     """Bytes of both factors of every adapter in the compute dtype: copies of the float32 ones.
 
-    In float32 only the down factors that are joined, because they share an input, are copies.
+    Where they are there in the compute dtype anyway, only the down factors that are joined, because they share an
+    input, are copies.
     """
-    if maths.compute == torch.float32:
+    if maths.narrow or maths.compute == torch.float32:
         joined = [layers for layers in _SHARING if layers <= set(maths.adapted)]
         return maths.compute.itemsize * maths.rank * maths.sizes.dim * sum(map(len, joined))
     widths = dict.fromkeys(ADAPTABLE, 2 * maths.sizes.dim)

@@ -123,7 +123,7 @@ class Outlook:
             "weights": (self.num_blocks - self.streamed) * block + outer_weights(sizes, self.formats),
             "transposed weights": self.transposed_bytes,
             "buffers of swapped blocks": self.buffers(load) * block,
-            "LoRA": 4 * self.trained,
+            "LoRA": (4 + self._copy) * self.trained,
             "optimizer": round(self.state_bytes * self.trained),
         }
 
@@ -230,19 +230,27 @@ class Outlook:
             num_kept=number,
             attention=attention,
             everything=everything,
-            gradients=4 * self.trained,
-            accumulates=self.accumulates,
+            # Where they are not added up, batch by batch, autograd adds them to those that are there.
+            gradients=(self._copy or (0 if self.accumulates else 4)) * self.trained,
+            summed=4 * self.trained if self.accumulates else 0,
         )
         if not self.offload:
             return peak
         away = max(self.num_blocks - number - _OFFLOADED_INPUTS, 0)
         return peak - away * recomputed_block(self.maths, load.tokens, load.batch)
 
+    @property
+    def _copy(self) -> int:
+        """Bytes of the copy of a trained number, and of its gradient; 0 without copies."""
+        return self.maths.compute.itemsize if self.maths.narrow else 0
+
     def _update(self) -> int:
-        """Bytes of gradients, of what an ordinary optimizer computes of them, and of copies."""
+        """Bytes of gradients, of what an ordinary optimizer computes of them, and of copies; or those of gradients that
+        are widened, and their sum."""
         computed = 4 if self.state_bytes > 4 else 0
         copies = 4 + self.state_bytes if self.copied else 0
-        return round((4 + computed + copies) * self.trained)
+        widened = self._copy + 4 + (4 if self.accumulates else 0) if self._copy else 0
+        return round(max(4 + computed + copies, widened) * self.trained)
 
     def _spared(self, load: Load, kept: Kept) -> float:
         tokens, batch = load.tokens, load.batch

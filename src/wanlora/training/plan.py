@@ -172,6 +172,7 @@ def make_outlook(config: TrainConfig, prepared: Prepared, target: Target, *, dty
             compiled=target.compiled and memory.compile_backend == "inductor",  # others leave blocks as they are
             fp8=fp8,
             rank=max(ranks.values()),
+            narrow=prepared.optimizer.treats_numbers_alone and dtype.itemsize < 4,
             adapted=[name for name in ADAPTABLE if any(target.endswith(f".{name}") for target in prepared.targets)],
             text_rows=file.sizes.text_len,
         ),

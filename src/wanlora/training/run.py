@@ -196,7 +196,8 @@ class Run:
         noise = Noise(self.streams, self.prepared.timesteps, self._batch_sizes)
         weight = LOSS_WEIGHTINGS.get(config.timesteps.weighting_scheme)
         groups = self._groups(trainee)
-        flat = FlatGroups(groups) if self.prepared.optimizer.treats_numbers_alone else None
+        narrow = trainee.network, trainee.dtype
+        flat = FlatGroups(groups, *narrow) if self.prepared.optimizer.treats_numbers_alone else None
         optimizer = self.prepared.optimizer.build(flat.groups if flat else groups)
         guard.spare = replays = choose_replays(config, trainee, flat, device)
         return TrainingStep(

@@ -9,9 +9,11 @@ guard (`guard.py`).
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +33,8 @@ from wanlora.training.objective import FlowObjective, Inputs
 from wanlora.training.optimizers import without_waiting
 from wanlora.training.position import Position
 from wanlora.training.rates import Rates
+
+Result = TypeVar("Result")
 
 
 class DivergedError(UserError):
@@ -122,7 +126,7 @@ class TrainingStep:
         """Queue loss and clipped gradient of a step's `num_batches` batches, of which this process has `share`."""
         replayed = self._num_replayed
         passes = partial(self._passes, share, position, num_batches)
-        total, names, levels = self.guard.run(passes, self.drop_gradients, [item.batch for item in share])
+        total, names, levels = self.run(passes, [item.batch for item in share])
         if self.replays:
             self.replays.passes_queued()
         if self.flat:
@@ -141,6 +145,11 @@ class TrainingStep:
             replayed=self._num_replayed > replayed,
             judge=self.replays.take_watched() if self.replays else lambda: None,
         )
+
+    def run(self, passes: Callable[[], Result], batches: Sequence[Batch]) -> Result:
+        """What `passes` over `batches` returns, under the guard, with the factors as they are now."""
+        with self.flat.lent() if self.flat else nullcontext():
+            return self.guard.run(passes, self.drop_gradients, batches)
 
     def read(self, queued: QueuedStep) -> StepReport:
         """What a step did; waits for the device.
@@ -166,7 +175,7 @@ class TrainingStep:
         """Forward and backward of `share`: the loss summed up, the items and their noise levels. Repeats exactly."""
         self._total.zero_()
         if self.flat:
-            self.flat.begin_step()
+            self.flat.begin_step(len(share))
         names: list[str] = []
         levels: list[float] = []
         for item in share:

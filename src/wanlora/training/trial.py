@@ -50,7 +50,7 @@ class Trial:
         batch = CachedBatches.of(self.plan)[largest_batch(self.plan)]
         place = torch.empty(self.missing_memory, dtype=torch.uint8, device=device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            guard.run(lambda: self._pass(batch), self.step.drop_gradients, [batch])
+            self.step.run(lambda: self._pass(batch), [batch])
         self.step.drop_gradients()
         del place
         figures = memory_figures(device)

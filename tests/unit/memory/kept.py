@@ -14,7 +14,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 
 from wanlora.foundation.shapes import LatentShape
-from wanlora.lora.layers import LoRALinear
+from wanlora.lora.layers import Factor, LoRALinear
 from wanlora.memory.compile import compile_blocks
 from wanlora.memory.footprint import BlockMaths
 from wanlora.memory.saving import Save, mark
@@ -48,14 +48,14 @@ def held_bytes(maths: BlockMaths, *, batch: int = 1, save: Save | None = None) -
     block = adapted_block(maths)
     if save:
         compile_blocks([block], backend=cutting_backend(save))
-    dim = maths.sizes.dim
+    dim, leaves = maths.sizes.dim, lend_copies(block, maths.compute) if maths.narrow else []
     x_BLD = torch.randn(batch, LATENT.num_tokens, dim, dtype=maths.residual, requires_grad=True)
     shared = (
         torch.randn(batch, 6, dim),
         torch.randn(batch, maths.text_rows, dim, dtype=maths.compute),
         rope_table(LATENT, maths.sizes.head_dim, torch.device("cpu")),
     )
-    there = _storages([*block.parameters(), *block.buffers(), *shared])
+    there = _storages([*block.parameters(), *block.buffers(), *leaves, *shared])
     saved: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -69,6 +69,15 @@ def held_bytes(maths: BlockMaths, *, batch: int = 1, save: Save | None = None) -
         block(x_BLD, *shared)
     held = _storages([*saved, x_BLD])
     return sum(held[address] for address in held.keys() - there.keys())
+
+
+def lend_copies(block: WanBlock, dtype: torch.dtype) -> list[nn.Parameter]:
+    """Copies of all factors of a block, which it computes with from now on."""
+    factors = [module for module in block.modules() if isinstance(module, Factor)]
+    leaves = [nn.Parameter(factor.weight.detach().to(dtype)) for factor in factors]
+    for factor, leaf in zip(factors, leaves, strict=True):
+        factor.lend(leaf)
+    return leaves
 
 
 def cutting_backend(save: Save) -> Callable[..., Any]:

@@ -46,6 +46,12 @@ def test_an_eager_block_in_float32_holds_what_is_foretold() -> None:
     assert _on_cpu(maths, batch=1) == pytest.approx(held_bytes(maths), rel=0.01)
 
 
+def test_an_eager_block_whose_factors_are_there_in_its_format_holds_what_is_foretold() -> None:
+    maths = replace(SMALL, narrow=True)
+    assert _on_cpu(maths, batch=2) == pytest.approx(held_bytes(maths, batch=2), rel=0.01)
+    assert held_bytes(maths) < held_bytes(SMALL)
+
+
 def test_a_text_without_padding_holds_what_is_foretold() -> None:
     maths = replace(SMALL, text_rows=SIZES.text_len)
     assert _on_cpu(maths, batch=2) == pytest.approx(held_bytes(maths, batch=2), rel=0.01)
@@ -57,10 +63,12 @@ def test_weights_that_are_not_eight_bits_wide_change_nothing() -> None:
     assert kept_block(plain, 100) == kept_block(SMALL, 100)
 
 
-@pytest.mark.parametrize("save", ["everything", "products", "attention"])
-def test_a_compiled_block_holds_what_is_foretold(save: Save) -> None:
+@pytest.mark.parametrize(
+    ("save", "narrow"), [("everything", False), ("everything", True), ("products", False), ("attention", False)]
+)
+def test_a_compiled_block_holds_what_is_foretold(save: Save, narrow: bool) -> None:
     torch._dynamo.reset()
-    maths, tokens = replace(SMALL, compiled=True), LATENT.num_tokens
+    maths, tokens = replace(SMALL, compiled=True, narrow=narrow), LATENT.num_tokens
     foretold = kept_block(maths, tokens, everything=save == "everything")
     if save == "attention":
         foretold = recomputed_block(maths, tokens) + tokens * attention_per_token(maths)
@@ -111,9 +119,10 @@ def test_gradients_count_where_they_outgrow_what_blocks_hold() -> None:
     small, large = 10, 100 * GIB
     without = step_peak(maths, 1000)
     assert step_peak(maths, 1000, gradients=small) == without
-    assert step_peak(maths, 1000, gradients=small, accumulates=True) == without + small
+    assert step_peak(maths, 1000, gradients=small, summed=small) == without + small
     at_the_end = workspace(maths, 1000) + kept_block(maths, 1000) + large
     assert step_peak(maths, 1000, gradients=large) == at_the_end
+    assert step_peak(maths, 1000, gradients=large, summed=small) == at_the_end + small
 
 
 def _on_cpu(maths: BlockMaths, batch: int) -> int:

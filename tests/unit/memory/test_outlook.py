@@ -115,6 +115,19 @@ def test_copies_before_an_update_count_where_a_pass_needs_less() -> None:
     assert copied.peak(LARGEST) == REFERENCE.peak(LARGEST)
 
 
+def test_copies_of_the_factors_are_always_there() -> None:
+    for outlook in (REFERENCE, replace(REFERENCE, accumulates=True)):
+        narrow = replace(outlook, maths=replace(REFERENCE.maths, narrow=True))
+        assert narrow.resting()["LoRA"] == outlook.resting()["LoRA"] + 2 * REFERENCE.trained
+        assert narrow.peak(LARGEST) == outlook.peak(LARGEST) + 2 * REFERENCE.trained
+
+
+def test_gradients_that_are_widened_count_where_a_pass_needs_less() -> None:
+    tiny, narrow = Load(tokens=16), replace(REFERENCE, maths=replace(REFERENCE.maths, narrow=True))
+    for outlook, each in ((narrow, 2 + 4), (replace(narrow, accumulates=True), 2 + 4 + 4)):
+        assert outlook.peak(tiny) - sum(outlook.resting().values()) == each * REFERENCE.trained
+
+
 def test_transposed_weights_take_what_the_matrices_take_unless_blocks_are_swapped() -> None:
     resident = replace(REFERENCE, swapped=0, fp8_products=True, formats=replace(REFERENCE.formats, scales="rows"))
     both = replace(resident, transposed=True)

@@ -1,8 +1,8 @@
 """Which passes are replayed, what a replay reads and leaves, and how everything is given back."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.unit.training.card import BEHIND, Card
 from tests.unit.training.parts import CPU, PIXELS, Velocity, batch, indexed, measure, objective, step_of
 from wanlora.config.train import MemoryConfig, NetworkConfig, OptimizerConfig, TrainConfig
 from wanlora.data.dataset import Batch
@@ -22,47 +23,6 @@ from wanlora.training.graphs import Replays, choose_replays
 from wanlora.training.guard import MemoryGuard
 from wanlora.training.position import Position
 from wanlora.training.step import IndexedBatch, StepReport, TrainingStep
-
-AT_ONCE, BEHIND = 0.101, 0.15
-"""Seconds of the card for a pass that takes the host 0.1."""
-
-
-@dataclass
-class Card:
-    """A card that computes when it is asked to; recording computes nothing, as on a real one."""
-
-    behind: dict[int, float] = field(default_factory=dict)
-    """The card's seconds by the number of a pass that was queued; `AT_ONCE` otherwise."""
-    fails: bool = False
-    is_open: bool = False
-    outside: int = 5
-    queued: int = 0
-    recorded: int = 0
-    closed: int = 0
-
-    def mark(self) -> int:
-        return self.queued
-
-    def seconds(self, began: int, ended: int) -> float:
-        return self.behind.get(began, AT_ONCE)
-
-    def run(self, work: Callable[[], None]) -> None:
-        self.queued += 1
-        work()
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        self.is_open = True
-        self.recorded += 1
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return work
-
-    def replay(self, graph: Callable[[], None]) -> None:
-        graph()
-
-    def close(self, graphs: Iterable[Callable[[], None]]) -> None:
-        self.closed += self.is_open
-        self.is_open = False
 
 
 class Padded(Velocity):
@@ -214,7 +174,7 @@ def test_a_pass_that_cannot_be_recorded_is_computed_and_nothing_is_tried_again(
 
 
 def test_a_recording_that_fails_between_accumulated_batches_loses_none_of_them() -> None:
-    run = Run(fails=True, behind={0: BEHIND, 1: AT_ONCE})
+    run = Run(fails=True, behind={0: BEHIND})
     for number in range(4):
         run.take([*indexed([number], size=2), *indexed([number + 1])], num_batches=2)
     assert run.card.recorded == 1

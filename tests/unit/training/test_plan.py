@@ -20,6 +20,7 @@ from wanlora.memory.choices import Swapping
 from wanlora.memory.outlook import Load
 from wanlora.training import planning
 from wanlora.training.build import build_trainee, fp8_weights
+from wanlora.training.flat import FlatGroups
 from wanlora.training.optimizers import OptimizerChoice, choose_optimizer, state_bytes
 from wanlora.training.plan import RunPlan, Target, count_buckets, host_for_blocks, make_outlook, make_plan
 from wanlora.training.plan_report import duration, plan_lines, plan_record, smaller_clip
@@ -81,7 +82,9 @@ def test_what_rests_is_what_is_built(checked: Checked, flags: tuple[str, ...]) -
     frozen = sum(tensor.numel() * tensor.element_size() for tensor in tensors if not tensor.requires_grad)
     assert outlook.trained == trainee.network.num_parameters
     assert outlook.resting()["weights"] == frozen
-    assert outlook.resting()["LoRA"] == 4 * trainee.network.num_parameters
+    flat = FlatGroups(trainee.network.groups(1.0), trainee.network, torch.bfloat16)
+    vectors = [vector for one in flat.members for vector in (one.vector, *([one.narrow.vector] if one.narrow else []))]
+    assert outlook.resting()["LoRA"] == sum(vector.numel() * vector.element_size() for vector in vectors)
 
 
 def test_settings_reach_the_plan(checked: Checked) -> None:
@@ -101,6 +104,9 @@ def test_settings_reach_the_plan(checked: Checked) -> None:
     assert not outlook.maths.fp8 and outlook.maths.compiled
     fast = make_outlook(config, prepared, replace(target(4000), fp8="rows"), dtype=torch.bfloat16)
     assert fast.maths.fp8 and fast.fp8_products and fast.formats.scales == "rows"
+    assert fast.maths.narrow and not outlook.maths.narrow
+    by_matrix = make_outlook(*checked("--optimizer_type", "Muon"), target(4000), dtype=torch.bfloat16)
+    assert not by_matrix.maths.narrow
 
 
 @pytest.mark.parametrize(("name", "expected"), [("adamw", 8), ("adamw8bit", 2), ("SGD", 0)])
