@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from wanlora.config.train import RunConfig
 from wanlora.data.dataset import Batch
 from wanlora.diffusion.timesteps import build_plan
 from wanlora.diffusion.weighting import LOSS_WEIGHTINGS
@@ -24,7 +25,7 @@ from wanlora.memory.limit import limit_card
 from wanlora.models.wan.spec import WanSizes
 from wanlora.models.wan.transformer import WanTransformer
 from wanlora.training import graphs
-from wanlora.training.engine import Engine
+from wanlora.training.engine import Engine, set_backends
 from wanlora.training.flat import FlatGroups
 from wanlora.training.graphs import Replays
 from wanlora.training.guard import MemoryGuard
@@ -148,8 +149,11 @@ def recorded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fixed_order() -> Iterator[None]:
-    """Kernels add up in the same order every time: the compiler puts one that does not in attention's place."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    """Kernels add up in the same order every time: the compiler puts one that does not in attention's place.
+
+    Where it would only be warned of, that kernel keeps its disorder.
+    """
+    set_backends(RunConfig(deterministic=True))
     yield
     torch.use_deterministic_algorithms(False)
 
