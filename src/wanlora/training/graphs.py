@@ -4,7 +4,9 @@ Small sizes leave the card waiting for the host, which queues thousands of kerne
 timed twice, on the host while it is queued and on the card from its first kernel to its last. A card that is done as
 soon as the last kernel is queued has been waiting for the host. A size of which that was seen twice in a row, with
 nothing streamed, recomputed by a second call or compiled, is recorded (`memory/graphs.py`) and replayed from then on.
-Large sizes never are: there the card is behind, by a tenth of the pass or more.
+In large sizes the card is behind, by a tenth of the pass or more, unless the host has filled the driver's queue, which
+holds about a thousand launches: a host that waits for room there takes as long as the card. So sizes that gain nothing
+are recorded now and then, which costs nothing either, and the host is free for the passes behind them.
 
 The numbers are those of the pass that was recorded. Inputs are copied into the graph's own; loss and gradient are added
 to tensors outside of it; dropout draws from the generator that is seeded before each pass, replayed or not.
