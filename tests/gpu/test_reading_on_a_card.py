@@ -1,12 +1,20 @@
 """Reading a file straight to a card: the bits of the file, also where memory is used again at once."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from wanlora.foundation import reading
 from wanlora.foundation.tensor_files import open_tensors, save_tensors
+from wanlora.memory.pinned import is_page_locked
+from wanlora.memory.placement import LeavingBlocks, streamed_indexes
+from wanlora.memory.streaming import BlockStream
+from wanlora.models.wan.checkpoint import load_transformer
+from wanlora.models.wan.spec import WanSizes
+from wanlora.models.wan.transformer import WanTransformer
+from wanlora.quantization.installer import Fp8Installer
 
 pytestmark = pytest.mark.gpu
 
@@ -28,3 +36,27 @@ def test_tensors_on_the_card_are_those_of_the_file(tmp_path: Path, monkeypatch: 
             sums[name] = tensor
             del tensor
     assert all(torch.equal(sums[name].cpu(), tensors[name] * 32) for name in tensors)
+
+
+def test_streamed_blocks_leave_the_card_while_the_model_is_read(tmp_path: Path) -> None:
+    sizes = WanSizes(dim=512, ffn_dim=1024, num_layers=8, in_channels=16, out_channels=16, text_dim=64, freq_dim=32)
+    torch.manual_seed(0)
+    save_tensors(tmp_path / "wan.safetensors", WanTransformer(sizes).state_dict())
+    streamed = streamed_indexes(8, 7)
+    leaving = LeavingBlocks(CARD, streamed)
+    options: dict[str, Any] = {"device": CARD, "dtype": torch.bfloat16, "progress": False}
+    path = tmp_path / "wan.safetensors"
+    before = torch.cuda.memory_allocated(CARD)
+    install = leaving.after(Fp8Installer(CARD, torch.bfloat16))
+    model = load_transformer(path, "t2v-1.3B", install=install, **options)
+    block = leaving.masters[streamed[0]].num_bytes
+    assert len(leaving.masters) == 7 and all(is_page_locked(master.flat) for master in leaving.masters.values())
+    outside = sum(tensor.nbytes for name, tensor in model.named_parameters() if not name.startswith("blocks."))
+    assert torch.cuda.memory_allocated(CARD) - before < outside + 2 * block
+    plain = load_transformer(path, "t2v-1.3B", install=Fp8Installer(CARD, torch.bfloat16), **options)
+    stream = BlockStream(list(model.blocks), 7, CARD, 2, masters=leaving.masters)
+    stream.attach()
+    x = torch.randn(1, 16, 1, 8, 8, device=CARD)
+    arguments = (x, torch.tensor([400.0], device=CARD), [torch.randn(9, 64, device=CARD)])
+    with torch.no_grad():
+        assert torch.equal(model(*arguments), plain(*arguments))

@@ -1,17 +1,22 @@
-"""Which blocks are streamed, and where a tensor rests while a model is loaded.
+"""Which blocks are streamed, and how they get to the host while a model is loaded.
 
 Streamed blocks lie evenly between resident ones, so that each copy has the same stretch of computation to hide
 behind.
 """
 
+import re
 from collections.abc import Collection
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wanlora.foundation.errors import MemoryPlanError
-from wanlora.models.wan.checkpoint import install_parameter
+from wanlora.memory.masters import BlockMaster
+from wanlora.memory.pinned import unpin
+from wanlora.models.wan.checkpoint import Install
 from wanlora.models.wan.transformer import WanTransformer
+
+_OF_A_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 def streamed_indexes(num_blocks: int, num_streamed: int) -> tuple[int, ...]:
@@ -24,18 +29,41 @@ def streamed_indexes(num_blocks: int, num_streamed: int) -> tuple[int, ...]:
     return tuple((2 * place + 1) * num_blocks // (2 * num_streamed) for place in range(num_streamed))
 
 
-class RestingPlace:
-    """Where a tensor is kept after loading: those of streamed blocks on the host, the rest on `device`."""
+class LeavingBlocks:
+    """Sends each streamed block of a model that is being read to the host as soon as it is complete.
 
-    def __init__(self, device: torch.device, streamed: Collection[int] = ()) -> None:
+    A block is copied once, from the device into its page-locked master, and the device holds one or two of them at a
+    time. `masters` are those of the blocks that have left, by index.
+    """
+
+    def __init__(self, device: torch.device, streamed: Collection[int]) -> None:
         self.device = device
-        self._on_host = tuple(f"blocks.{index}." for index in streamed)
+        self.streamed = frozenset(streamed)
+        self.masters: dict[int, BlockMaster] = {}
 
-    def __call__(self, name: str) -> torch.device:
-        """Where the tensor with this official name goes."""
-        return torch.device("cpu") if name.startswith(self._on_host) else self.device
+    def after(self, install: Install) -> Install:
+        """`install` of `load_transformer`, which puts tensors on the device; behind its last tensor a block leaves."""
 
-    def install(self, model: WanTransformer, name: str, tensor: Tensor, scale: Tensor | None) -> None:
-        """The `install` hook of `load_transformer` that does nothing but put tensors in their place."""
-        resting = self(name)
-        install_parameter(model, name, tensor.to(resting), None if scale is None else scale.to(resting))
+        def install_and_leave(model: WanTransformer, name: str, tensor: Tensor, scale: Tensor | None) -> None:
+            install(model, name, tensor, scale)
+            index = _block_index(name)
+            if index in self.streamed and _is_complete(model.blocks[index]):
+                self.masters[index] = BlockMaster(model.blocks[index], device=self.device)
+
+        return install_and_leave
+
+    def forget(self) -> None:
+        """The model is not used after all: its masters give their memory back."""
+        for master in self.masters.values():
+            unpin(master.flat)
+        self.masters.clear()
+
+
+def _block_index(name: str) -> int:
+    """Of the block that the tensor with this official name belongs to, -1 for none."""
+    found = _OF_A_BLOCK.match(name)
+    return int(found[1]) if found else -1
+
+
+def _is_complete(block: nn.Module) -> bool:
+    return not any(tensor.is_meta for tensor in (*block.parameters(), *block.buffers()))

@@ -17,12 +17,12 @@ and no view of them: that would show a buffer that has since been refilled. Bloc
 must be recomputed (`checkpointing.py`); compiled ones do not, which `watch` makes sure of. The model knows nothing of
 all this: hooks around each block do it, and they fire in recomputation too.
 
-Order of use: load (streamed blocks on the host, see `placement.py`), quantise, freeze, adapt, `attach`, compile.
+Order of use: load (streamed blocks leave for the host, see `placement.py`), quantise, freeze, adapt, `attach`, compile.
 Weights must not be moved or replaced between `attach` and `detach`; adapters, which are trained, stay on the device
 untouched.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -96,8 +96,15 @@ class BlockStream:
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], num_streamed: int, device: torch.device, ring_size: int = 2, pin: bool = True
+        self,
+        blocks: Sequence[nn.Module],
+        num_streamed: int,
+        device: torch.device,
+        ring_size: int = 2,
+        pin: bool = True,
+        masters: Mapping[int, BlockMaster] | None = None,
     ) -> None:
+        """`masters` are those of blocks that are on the host already, by index."""
         self.blocks = blocks
         self.streamed_indexes = streamed_indexes(len(blocks), num_streamed)
         self.device = device
@@ -106,6 +113,7 @@ class BlockStream:
         self.copies = self.copied_bytes = self.waits = self.misses = 0
         self._transfers: Transfers = transfers_for(device)
         self._masters: dict[int, BlockMaster] = {}
+        self._ready = dict(masters or {})
         self._ring: list[_Slot] = []
         self._hooks: list[RemovableHandle] = []
         self._checks: dict[int, Check] = {}
@@ -147,7 +155,8 @@ class BlockStream:
             raise RuntimeError("the blocks are being streamed already")
         for index, block in enumerate(self.blocks):
             if index in self.streamed_indexes:
-                self._masters[index] = BlockMaster(block, device=self.device, pin=self.pin)
+                ready = self._ready.pop(index, None)
+                self._masters[index] = ready or BlockMaster(block, device=self.device, pin=self.pin)
                 kept = {id(tensor) for tensor in self._masters[index].tensors}
             else:
                 kept = set()

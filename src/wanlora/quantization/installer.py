@@ -10,7 +10,6 @@ widened and rounded anew, which adds an error of its own.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -67,24 +66,16 @@ class Fp8Report:
 class Fp8Installer:
     """The `install` hook of `load_transformer` for fp8 weights.
 
-    Weights are quantised where the loader puts them (`device`) and rest where `place` says for their name (default:
-    `device`). `dtype` is the compute dtype. Mode "plain" casts without scales; "rows" makes layers that also multiply
-    in fp8 (`FastFp8Linear`), emulated where `device` is no card. After loading, `report` has the counts and `summary()`
-    the lines for the log. Raises `CheckpointError` for scales that do not fit and for values that are not finite.
+    Weights are quantised on `device`, where the loader puts them, and stay there. `dtype` is the compute dtype. Mode
+    "plain" casts without scales; "rows" makes layers that also multiply in fp8 (`FastFp8Linear`), emulated where
+    `device` is no card. After loading, `report` has the counts and `summary()` the lines for the log. Raises
+    `CheckpointError` for scales that do not fit and for values that are not finite.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        mode: Mode = "scaled",
-        *,
-        place: Callable[[str], torch.device] | None = None,
-    ) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, mode: Mode = "scaled") -> None:
         self.device = device
         self.dtype = dtype
         self.mode = mode
-        self.place = place or (lambda name: device)
         self.report = Fp8Report()
 
     def __call__(self, model: WanTransformer, name: str, tensor: Tensor, scale: Tensor | None) -> None:
@@ -94,11 +85,10 @@ class Fp8Installer:
         if not (_BLOCK_WEIGHT.match(name) and isinstance(owner, nn.Linear)):
             if isinstance(owner, nn.Linear) and name.endswith(".weight"):
                 self.report.excluded.append(name)
-            install_parameter(model, name, tensor.to(self.place(name)), scale)
+            install_parameter(model, name, tensor.to(self.device), scale)
             return
-        weight, scale = self._convert(name, tensor if tensor.dtype in _FP8 else tensor.to(self.device), scale)
-        resting = self.place(name)
-        linear = self._linear(name, weight.to(resting), scale.to(resting))
+        weight, scale = self._convert(name, tensor.to(self.device), scale)
+        linear = self._linear(name, weight, scale)
         linear.bias = owner.bias  # loaded already, or still without memory and loaded later
         model.set_submodule(owner_name, linear)
 

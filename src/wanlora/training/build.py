@@ -29,9 +29,9 @@ from wanlora.memory.footprint import BlockMaths, attention_per_token
 from wanlora.memory.keeping import Keeping
 from wanlora.memory.limit import CardLimit
 from wanlora.memory.measure import GIB, CudaMeter, is_out_of_memory
-from wanlora.memory.placement import RestingPlace, streamed_indexes
+from wanlora.memory.placement import LeavingBlocks, streamed_indexes
 from wanlora.memory.streaming import BlockStream
-from wanlora.models.wan.checkpoint import load_transformer
+from wanlora.models.wan.checkpoint import Install, install_parameter, load_transformer
 from wanlora.models.wan.transformer import WanTransformer
 from wanlora.quantization.fast_linear import layers_by_input
 from wanlora.quantization.installer import Fp8Installer, Mode
@@ -69,8 +69,9 @@ def build_trainee(
     dtype = compute_dtype(config.run.mixed_precision, prepared.transformer.dtypes[0], device)
     streamed = num_streamed(config.memory, device, prepared.transformer.sizes.num_layers)
     compiles = wants_compile(config.memory, device)
+    leaving = LeavingBlocks(device, streamed_indexes(prepared.transformer.sizes.num_layers, streamed))
     with _compiler(config.memory, compiles):
-        model = _load(config, prepared, device, dtype, streamed, quiet)
+        model = _load(config, prepared, device, dtype, leaving, quiet)
         start.lap("weights")
         network = _adapt(config.network, prepared, model, device, streams)
         start.lap("adapters")
@@ -78,7 +79,7 @@ def build_trainee(
     stream = None
     if streamed or device.type == "cuda":  # where memory runs out, more blocks may be streamed than at first
         stream = BlockStream(
-            list(model.blocks), streamed, device, config.memory.block_swap_ring_size, pin=device.type == "cuda"
+            list(model.blocks), streamed, device, config.memory.block_swap_ring_size, masters=leaving.masters
         )
         stream.attach()
     if compiles:
@@ -151,24 +152,29 @@ def _compiler(config: MemoryConfig, compiles: bool) -> AbstractContextManager[No
 
 
 def _load(
-    config: TrainConfig, prepared: Prepared, device: torch.device, dtype: torch.dtype, streamed: int, quiet: bool
+    config: TrainConfig,
+    prepared: Prepared,
+    device: torch.device,
+    dtype: torch.dtype,
+    leaving: LeavingBlocks,
+    quiet: bool,
 ) -> WanTransformer:
-    """The frozen model: from the checkpoint, or from what an earlier start kept of it."""
+    """The frozen model: from the checkpoint, or from what an earlier start kept of it. Streamed blocks have left."""
     read = partial(
         load_transformer,
         task=config.model.task,
+        device=device,
         dtype=dtype,
         residual_dtype=residual_dtype(config.memory),
         attention=config.attention.training_kernel,
         progress=not quiet,
     )
-    place = RestingPlace(device, streamed_indexes(prepared.transformer.sizes.num_layers, streamed))
     mode = fp8_weights(config.memory, device)
     kept = _kept_copy(config, prepared, mode, dtype)
-    model = _read_kept(kept, read, place, Fp8Installer(device, dtype, mode, place=place)) if kept and mode else None
+    model = _read_kept(kept, read, leaving, Fp8Installer(device, dtype, mode)) if kept and mode else None
     if model is None:
-        fp8 = Fp8Installer(device, dtype, mode, place=place) if mode else None
-        model = _read_checkpoint(config, read, place, fp8, device)
+        fp8 = Fp8Installer(device, dtype, mode) if mode else None
+        model = _read_checkpoint(config, read, leaving.after(fp8 or install_parameter))
         notes = fp8.summary() if fp8 else []
         for line in notes:
             log.info(line)
@@ -191,7 +197,7 @@ def _kept_copy(config: TrainConfig, prepared: Prepared, mode: Mode | None, dtype
 
 
 def _read_kept(
-    kept: KeptCopy, read: Callable[..., WanTransformer], place: RestingPlace, fp8: Fp8Installer
+    kept: KeptCopy, read: Callable[..., WanTransformer], leaving: LeavingBlocks, fp8: Fp8Installer
 ) -> WanTransformer | None:
     """The model as it was kept; None, with the reason in the log, if it has to be made anew."""
     difference = kept.difference()
@@ -199,8 +205,9 @@ def _read_kept(
         log.info(f"--quantized_cache: {kept.path} {difference}; it is made when the model has been read")
         return None
     try:
-        model = read(kept.path, device=place, install=fp8)
+        model = read(kept.path, install=leaving.after(fp8))
     except CheckpointError as error:
+        leaving.forget()
         log.warning(f"the kept weights cannot be used and are made anew: {error}")
         return None
     log.info(f"the weights are those that an earlier start kept in {kept.path.parent}; what it said of them:")
@@ -209,16 +216,10 @@ def _read_kept(
     return model
 
 
-def _read_checkpoint(
-    config: TrainConfig,
-    read: Callable[..., WanTransformer],
-    place: RestingPlace,
-    fp8: Fp8Installer | None,
-    device: torch.device,
-) -> WanTransformer:
+def _read_checkpoint(config: TrainConfig, read: Callable[..., WanTransformer], install: Install) -> WanTransformer:
     merged = config.network.merged_weights
     adjust = MergedLoRAs([path for path, _ in merged], [factor for _, factor in merged]) if merged else None
-    model = read(config.model.dit, device=device, adjust=adjust, install=fp8 or place.install)
+    model = read(config.model.dit, adjust=adjust, install=install)
     if adjust:
         adjust.finish()
     return model

@@ -13,7 +13,7 @@ from tests.unit.memory.wan import ARGUMENTS, adapted_wan, losses_and_gradients, 
 from wanlora.foundation.errors import MemoryPlanError
 from wanlora.memory.checkpointing import Recompute
 from wanlora.memory.masters import frozen_tensors, lay_out
-from wanlora.memory.placement import RestingPlace, streamed_indexes
+from wanlora.memory.placement import streamed_indexes
 from wanlora.memory.streaming import BlockStream, needed_next
 from wanlora.memory.transfers import DirectTransfers
 from wanlora.models.wan.transformer import WanTransformer
@@ -348,12 +348,6 @@ def test_what_is_needed_next_follows_the_direction() -> None:
     assert needed_next(streamed, 1, rising=False, turns=True, count=2) == [1, 3]
     assert needed_next(streamed, 5, rising=True, turns=False, count=2) == [5, 1]
     assert needed_next(streamed, 0, rising=False, turns=False, count=3) == [1, 3, 5]
-
-
-def test_tensors_of_streamed_blocks_rest_on_the_host() -> None:
-    place = RestingPlace(torch.device("meta"), (1, 12))
-    names = ("blocks.1.ffn.0.weight", "blocks.12.modulation", "blocks.2.ffn.0.weight", "head.head.weight")
-    assert [place(name).type for name in names] == ["cpu", "cpu", "meta", "meta"]
 
 
 def test_what_looks_at_saved_tensors_is_made_once_a_start() -> None:

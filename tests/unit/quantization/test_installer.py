@@ -136,17 +136,6 @@ def test_weights_that_fp8_maths_cannot_take_are_counted(tmp_path: Path) -> None:
     assert any("2 weights have a side that 16 does not divide" in line for line in installer.summary())
 
 
-def test_tensors_rest_where_the_place_says(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
-    asked: list[str] = []
-
-    def place(name: str) -> torch.device:
-        asked.append(name)
-        return CPU
-
-    load(tmp_path, tensors, Fp8Installer(CPU, torch.bfloat16, place=place))
-    assert set(asked) == set(tensors)
-
-
 def test_a_weight_with_a_hole_in_it_is_refused(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     tensors["blocks.1.ffn.0.weight"][3, 4] = float("nan")
     with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.0\.weight holds values that are not finite"):

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Never
@@ -35,8 +34,6 @@ from wanlora.models.wan.weights import put, require_names, require_shapes
 
 Adjust = Callable[[str, Tensor], Tensor]
 """Gets a tensor's official name and value, returns the value to load."""
-Place = Callable[[str], torch.device]
-"""Where the tensor with this official name is wanted."""
 Install = Callable[[WanTransformer, str, Tensor, Tensor | None], None]
 """Puts one tensor (and the scale it is stored with) into the model, under its official name."""
 
@@ -126,7 +123,7 @@ def load_transformer(
     path: Path,
     task: str,
     *,
-    device: torch.device | str | Place,
+    device: torch.device | str,
     dtype: torch.dtype,
     adjust: Adjust | None = None,
     install: Install = install_parameter,
@@ -136,8 +133,8 @@ def load_transformer(
 ) -> WanTransformer:
     """Read the transformer at `path`; every parameter is frozen.
 
-    Each tensor is moved to `device` (one for all, or by official name), handed to `adjust`, then to `install`, which
-    puts it into the model: there by default, in another place or form if it likes. `dtype` is the model's compute
+    Each tensor is moved to `device`, handed to `adjust`, then to `install`, which puts it into the model: there by
+    default, in another place or form if it likes. `dtype` is the model's compute
     dtype. With `adjust`, 8-bit weights are widened first.
     Raises `CheckpointError` for a file of another kind, with missing, foreign or ill-shaped tensors.
     """
@@ -147,10 +144,9 @@ def load_transformer(
         with without_memory():
             model = WanTransformer(file.sizes, compute_dtype=dtype, residual_dtype=residual_dtype, attention=attention)
         check_complete(source, file, model)
-        place = device if callable(device) else partial(_always, torch.device(device))
         begin = time.perf_counter()
         with _progress_bar(source, file, progress) as bar:
-            for name, tensor, scale in _tensors(source, file, place):
+            for name, tensor, scale in _tensors(source, file, torch.device(device)):
                 install(model, name, *(_adjusted(adjust, name, tensor, scale) if adjust else (tensor, scale)))
                 bar.update(_num_bytes(source, file.tensors[name]))
         log.info(_speed(source, file, time.perf_counter() - begin))
@@ -203,11 +199,13 @@ def check_complete(source: TensorSource, file: TransformerFile, model: WanTransf
     require_shapes(source, what, model, file.tensors)
 
 
-def _tensors(source: TensorSource, file: TransformerFile, place: Place) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """Official name, tensor and scale of everything in the file, in its order, each where `place` says."""
+def _tensors(
+    source: TensorSource, file: TransformerFile, device: torch.device
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Official name, tensor and scale of everything in the file, in its order, on `device`."""
     owners = {stored: name for names in (file.tensors, file.scales) for name, stored in names.items()}
     halves: dict[str, dict[str, Tensor]] = {}
-    for stored, tensor in source.read_all(owners, lambda stored: place(owners[stored])):
+    for stored, tensor in source.read_all(owners, lambda stored: device):
         name = owners[stored]
         if name not in file.scales:
             yield name, tensor, None
@@ -217,10 +215,6 @@ def _tensors(source: TensorSource, file: TransformerFile, place: Place) -> Itera
         if len(both) == 2:
             del halves[name]
             yield name, both["weight"], both["scale"]
-
-
-def _always(device: torch.device, name: str) -> torch.device:
-    return device
 
 
 def _adjusted(adjust: Adjust, name: str, tensor: Tensor, scale: Tensor | None) -> tuple[Tensor, None]:
