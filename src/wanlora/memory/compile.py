@@ -34,6 +34,8 @@ from wanlora.memory.saving import Save
 
 TUNED = "tuned"
 """A mode of ours: the compiler tries more shapes of each kernel of its own, of products none."""
+TUNING = (TUNED, "max-autotune", "max-autotune-no-cudagraphs")
+"""Modes that take the fastest of several kernels, which may add up in another order."""
 _TRACER, _COMPILER = "torch._dynamo", "torch._inductor.compile_fx"
 _OPTIMIZERS_OWN = (Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict)
 _RECOMPUTING = ("checkpoint", "_run_fn_with_dynamo_disabled")

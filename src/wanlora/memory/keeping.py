@@ -199,7 +199,8 @@ class Keeping:
     `num_optional` of `num_blocks` may be kept; recomputation holds `num_inputs` block inputs on the card. `limit` bytes
     may be allocated in all, and one pass may take `activations` of them. `attention` bytes a token are what a block
     holds of attention if it keeps that alone; 0: it cannot. `everything`: all blocks are kept until memory runs out
-    once. `ample`: where much is left they hold what the compiler likes best. Without a `meter` nothing is chosen.
+    once. `ample`: where much is left they hold what the compiler likes best, and never otherwise. Without a `meter`
+    nothing is chosen.
     """
 
     def __init__(

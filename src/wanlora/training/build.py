@@ -7,7 +7,7 @@ instead of recomputed depends on both.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -70,7 +70,10 @@ def build_trainee(
     streamed = num_streamed(config.memory, device, prepared.transformer.sizes.num_layers)
     compiles = wants_compile(config.memory, device)
     leaving = LeavingBlocks(device, streamed_indexes(prepared.transformer.sizes.num_layers, streamed))
-    with _compiler(config.memory, compiles):
+    recomputes = config.memory.gradient_checkpointing or streamed > 0 or config.memory.fp8_fast
+    needed = compiles or prepared.optimizer.asks_compiler or not does_without_compiler(recomputes=recomputes)
+    whole = compiles and config.memory.compile_backend == "inductor"
+    with importing_compiler(whole=whole) if needed else nullcontext():
         model = _load(config, prepared, device, dtype, leaving, quiet)
         start.lap("weights")
         network = _adapt(config.network, prepared, model, device, streams)
@@ -142,13 +145,6 @@ def keep_transposed(config: MemoryConfig, model: WanTransformer) -> TransposedWe
             raise
         log.warning("the card has too little memory left for transposed weights; steps take a little longer without")
     return made
-
-
-def _compiler(config: MemoryConfig, compiles: bool) -> AbstractContextManager[None]:
-    """Within, as much of torch's compiler is imported as the run needs."""
-    if not compiles and does_without_compiler(recomputes=config.gradient_checkpointing):
-        return nullcontext()
-    return importing_compiler(whole=compiles and config.compile_backend == "inductor")
 
 
 def _load(

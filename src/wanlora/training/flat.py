@@ -65,7 +65,7 @@ class FlatParameters:
             self.sum = None
 
     def begin_step(self, num_passes: int) -> None:
-        """Nothing has been added up."""
+        """Nothing has been added up. Narrow gradients of more than one pass will be, in float32."""
         if self.sum is not None:
             self.sum.zero_()
         elif self.narrow and num_passes > 1:  # narrow gradients would be added up in their own format

@@ -13,7 +13,7 @@ plain Python here, so that nothing is compiled for a measurement, and all of the
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from statistics import median
 from typing import TypeVar
@@ -30,6 +30,7 @@ from wanlora.foundation.log import log
 from wanlora.foundation.shapes import LatentShape, PixelShape
 from wanlora.generation.pipeline import evaluating
 from wanlora.memory.checkpointing import Recompute
+from wanlora.memory.compile import is_compiled
 from wanlora.memory.measure import is_out_of_memory
 from wanlora.models.wan.transformer import WanTransformer
 from wanlora.quantization.fast_linear import FastFp8Linear, fast_layers, wide_maths
@@ -96,10 +97,15 @@ def _measuring(model: WanTransformer) -> Iterator[None]:
     """Blocks as plain Python, all recomputed, without dropout."""
     runner, model.run_block = model.run_block, Recompute(list(model.blocks))
     try:
-        with evaluating(model), torch.compiler.set_stance("force_eager"):
+        with evaluating(model), _uncompiled(model):
             yield
     finally:
         model.run_block = runner
+
+
+def _uncompiled(model: WanTransformer) -> AbstractContextManager[None]:
+    """Where nothing is compiled, torch is not asked, because that would import its compiler."""
+    return torch.compiler.set_stance("force_eager") if any(map(is_compiled, model.blocks)) else nullcontext()
 
 
 def _is_trained(trainee: Trainee) -> bool:

@@ -54,6 +54,11 @@ class OptimizerChoice:
         """Whether it is known not to look at the shapes of what it updates (see `flat.py`)."""
         return self.name.lower() in _ELEMENTWISE
 
+    @property
+    def asks_compiler(self) -> bool:
+        """Whether its steps import torch's compiler, which those of torch's own optimizers do."""
+        return getattr(self.maker, "__module__", "").startswith("torch.optim")
+
     def build(self, groups: ParameterGroups) -> Optimizer:
         """The optimizer over `groups`. Raises `ConfigError` when it refuses its arguments."""
         try:

@@ -15,7 +15,7 @@ from wanlora.config.checks import check_paths
 from wanlora.config.dataset import read_datasets
 from wanlora.config.outputs import SavingConfig
 from wanlora.config.prompts import read_prompts
-from wanlora.config.train import MemoryConfig, ModelConfig, TrainConfig
+from wanlora.config.train import MemoryConfig, ModelConfig, RunConfig, TrainConfig
 from wanlora.data.checks import check_caches
 from wanlora.data.plan import DataPlan, plan_datasets
 from wanlora.diffusion.timesteps import TimestepPlan, build_plan
@@ -27,7 +27,7 @@ from wanlora.foundation.laps import start
 from wanlora.foundation.log import log, say_once
 from wanlora.foundation.tensor_files import open_tensors
 from wanlora.generation.requests import PreviewRequest, resolve_all
-from wanlora.memory.compile import TUNED
+from wanlora.memory.compile import TUNED, TUNING
 from wanlora.memory.outlook import Load
 from wanlora.memory.placement import streamed_indexes
 from wanlora.models.attention import require_dtype, require_kernel
@@ -115,7 +115,7 @@ def prepare(config: TrainConfig, *, caches: bool = True) -> Prepared:
         with problems.collect():
             require_kernel(kernel)
     with problems.collect():
-        _check_compilation(config.memory)
+        _check_compilation(config.memory, config.run)
     with problems.collect():
         wanted_trackers(config.logging)
         tracker_options(config.logging)
@@ -196,9 +196,14 @@ def _check_optimizer(config: TrainConfig, problems: Problems) -> OptimizerChoice
     return choice
 
 
-def _check_compilation(config: MemoryConfig) -> None:
+def _check_compilation(config: MemoryConfig, run: RunConfig) -> None:
     """torch knows the backend and the mode; to ask it takes seconds, so nobody asks about the usual ones."""
     chosen = (config.compile_backend, config.compile_mode)
+    if config.compile is not False and run.deterministic and config.compile_mode in TUNING:
+        raise ConfigError(
+            f"--compile_mode {config.compile_mode} chooses kernels by their time, which is another in every run, and "
+            "--deterministic wants the same numbers; leave one of them out"
+        )
     if config.compile is False or chosen in (("inductor", "default"), ("inductor", TUNED)):
         return
     if config.compile_mode == TUNED:

@@ -1,15 +1,16 @@
 """Streamed blocks on their way to the host, while a model is read."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from wanlora.foundation.tensor_files import save_tensors, write_tensors
-from wanlora.memory.placement import LeavingBlocks, streamed_indexes
+from wanlora.memory.placement import LeavingBlocks, _send_to_host, streamed_indexes
 from wanlora.memory.streaming import BlockStream
 from wanlora.models.wan.checkpoint import Install, install_parameter, load_transformer
 from wanlora.models.wan.spec import WanSizes
@@ -74,3 +75,24 @@ def test_blocks_of_a_model_that_is_not_used_give_their_memory_back(monkeypatch: 
     (master,) = leaving.masters.values()
     leaving.forget()
     assert [buffer is master.flat for buffer in given_back] == [True] and not leaving.masters
+
+
+def test_of_many_incomplete_blocks_what_there_is_waits_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file may have all matrices of one format before all of another."""
+    sent: list[nn.Module] = []
+    monkeypatch.setattr("wanlora.memory.placement._send_to_host", sent.append)
+    with torch.device("meta"):
+        model = WanTransformer(replace(SIZES, num_layers=4)).requires_grad_(False)
+    leaving = LeavingBlocks(CPU, (0, 1, 2, 3))
+    leave = leaving.after(install_parameter)
+    full = WanTransformer(replace(SIZES, num_layers=4)).state_dict()
+    for name in sorted(full, key=lambda name: name.split(".")[2:]):
+        leave(model, name, full[name], None)
+    assert set(map(id, sent)) == set(map(id, model.blocks)) and len(leaving.masters) == 4
+
+
+def test_a_block_that_waits_on_the_host_is_whole_there() -> None:
+    block = WanTransformer(SIZES).requires_grad_(False).blocks[0]
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    _send_to_host(block)
+    assert_same(dict(block.state_dict()), before)

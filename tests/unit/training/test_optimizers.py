@@ -57,6 +57,20 @@ def test_the_8bit_optimizer_is_imported_and_used_without_the_compiler() -> None:
     run_fresh(code)
 
 
+@pytest.mark.parametrize("name", ["adamw", "SGD", "torch.optim.Adam", "adamw8bit", "prodigyopt.Prodigy"])
+def test_which_optimizers_import_the_compiler_is_known(name: str) -> None:
+    code = (
+        "import sys, torch; from wanlora.config.train import OptimizerConfig; "
+        "from wanlora.memory.compile import does_without_compiler; "
+        "from wanlora.training.optimizers import choose_optimizer; "
+        "choice = choose_optimizer(OptimizerConfig(optimizer_type=sys.argv[1]), {}); "
+        "does_without_compiler(recomputes=False); weight = torch.nn.Parameter(torch.ones(4096)); "
+        "weight.grad = torch.ones(4096); choice.build([{'params': [weight], 'name': 'unet'}]).step(); "
+        "assert choice.asks_compiler or 'torch._dynamo' not in sys.modules, 'it does after all'"
+    )
+    run_fresh(code, name)
+
+
 def test_triton_is_neither_imported_for_the_8bit_optimizer_nor_missing_afterwards(tmp_path: Path) -> None:
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("")

@@ -52,6 +52,10 @@ def test_a_schedulers_arguments_are_its_own(checked: Checked, name: str) -> None
         (["--compile", "--compile_backend", "no_such"], "Invalid backend: 'no_such'"),
         (["--compile", "--compile_mode", "fast"], "Unrecognized mode=fast"),
         (["--compile", "--compile_mode", "tuned", "--compile_backend", "eager"], "--compile_mode tuned is for"),
+        (
+            ["--compile", "--compile_mode", "tuned", "--deterministic"],
+            "--compile_mode tuned chooses kernels by their time",
+        ),
         (["--no_sdpa", "--flash_attn"], "use --mixed_precision bf16"),
         (["--fp8_scaled", "--fp8_fast"], "--fp8_fast gives results in bfloat16, the model runs in float32"),
         (["--optimizer_type", "AdamW", "--optimizer_args", "betas=2"], "refuses its arguments"),

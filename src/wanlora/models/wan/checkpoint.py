@@ -134,8 +134,8 @@ def load_transformer(
     """Read the transformer at `path`; every parameter is frozen.
 
     Each tensor is moved to `device`, handed to `adjust`, then to `install`, which puts it into the model: there by
-    default, in another place or form if it likes. `dtype` is the model's compute
-    dtype. With `adjust`, 8-bit weights are widened first.
+    default, in another place or form if it likes. `dtype` is the model's compute dtype. With `adjust`, 8-bit weights
+    are widened first.
     Raises `CheckpointError` for a file of another kind, with missing, foreign or ill-shaped tensors.
     """
     with open_tensors(path) as source:
