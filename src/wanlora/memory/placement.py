@@ -35,7 +35,7 @@ class LeavingBlocks:
     """Sends each streamed block of a model that is being read to the host as soon as it is complete.
 
     A block is copied once, from the device into its page-locked master, and the device holds one or two of them at a
-    time. Where a file has them in such an order that more would be there, half of each, what there is of a block waits
+    time. In a file that has its tensors in another order, so that parts of many blocks would be there, those parts wait
     on the host. `masters` are those of the blocks that have left, by index.
     """
 
