@@ -18,6 +18,8 @@ from wanlora.foundation.shapes import PATCH, LatentShape
 
 _ROWS = 32
 """Texts are computed with a multiple of so many rows."""
+_WIDENED = 20 * 2**20
+"""Bytes of a weight that are widened at a time: they stay in the cache of a card, and need no memory for the whole."""
 
 
 def project(x: Tensor, linears: Sequence[Callable[[Tensor], Tensor]]) -> tuple[Tensor, ...]:
@@ -77,10 +79,19 @@ class RMSNorm(nn.Module):
 
 
 class Float32Linear(nn.Linear):
-    """A linear that computes in float32, whatever its weight is stored in."""
+    """A linear that computes in float32, whatever its weight is stored in.
+
+    A large weight is widened some rows at a time: the time projection of the 14B model takes 630 MB in float32, and is
+    multiplied by one row for each sample.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input.float(), self.weight.float(), self.bias.float())
+        x, bias = input.float(), self.bias.float()
+        rows = _WIDENED // (4 * self.in_features)
+        if self.weight.dtype == torch.float32 or self.weight.requires_grad or self.out_features <= rows:
+            return F.linear(x, self.weight.float(), bias)
+        pieces = zip(self.weight.split(rows), bias.split(rows), strict=True)
+        return torch.cat([F.linear(x, weight.float(), part) for weight, part in pieces], dim=-1)
 
 
 class PatchEmbedding(nn.Conv3d):
