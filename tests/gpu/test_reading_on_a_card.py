@@ -23,7 +23,8 @@ CARD = torch.device("cuda", 0)
 
 def test_tensors_on_the_card_are_those_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "_PIECE", 1 << 20)
-    monkeypatch.setattr(reading, "_AHEAD", 8 << 20)
+    monkeypatch.setattr(reading, "_GROUP", 5 << 20)
+    monkeypatch.setattr(reading, "_AHEAD", 12 << 20)
     generator = torch.Generator().manual_seed(0)
     tensors = {f"t{number:03}": torch.randn(600, 1000, generator=generator) for number in range(100)}
     save_tensors(tmp_path / "x.safetensors", tensors)

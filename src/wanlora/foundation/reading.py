@@ -5,14 +5,18 @@ and on network drives, and always with one thread. Here several threads read lar
 ahead of whoever uses the tensors. Pieces for a card go through page-locked memory and a stream of their own, so that
 disk, bus and computation work at the same time; pieces for main memory are read to where they stay.
 
+A model has some thousand tensors, most of them small, and all threads share one interpreter: what is done for each of
+them soon takes longer than reading. So tensors that follow each other in a file are read together, into one piece of
+memory, and each is a window into it; the threads hear of groups and of large pieces, never of tensors.
+
 At most `_AHEAD` bytes are read that nobody has asked for yet, whatever the size of the file.
 """
 
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +26,10 @@ from torch import Tensor
 from wanlora.foundation.errors import CheckpointError
 
 _PIECE = 32 << 20
+_GROUP = 128 << 20
+"""Tensors are read together up to so many bytes; a larger one is read alone."""
+_GAP = 64 << 10
+"""So many bytes between two tensors that nobody wants are read rather than skipped."""
 _AHEAD = 1 << 30
 _MOST_THREADS = 8
 
@@ -39,40 +47,58 @@ class Wanted:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def end(self) -> int:
+        """One past the last byte."""
+        return self.start + self.num_bytes
 
-class _Arriving:
-    """A tensor that is being read."""
 
-    def __init__(self, wanted: Wanted) -> None:
-        self.wanted = wanted
-        self.flat = torch.empty(wanted.num_bytes, dtype=torch.uint8, device=wanted.device)
-        # The memory may have belonged to another tensor that the card still reads.
-        self.writable = _mark(wanted.device)
+class _Group:
+    """Neighbours in a file that are being read."""
+
+    def __init__(self, tensors: Sequence[Wanted]) -> None:
+        self.tensors = tensors
+        first = tensors[0]
+        self.path, self.start, self.device = first.path, first.start, first.device
+        self.num_bytes = _span(tensors)
+        self.flat = torch.empty(self.num_bytes, dtype=torch.uint8, device=self.device)
+        # The memory may have belonged to others that the card still reads.
+        self.writable = _mark(self.device)
         self.copied: list[torch.cuda.Event] = []
-        self.missing = -(-wanted.num_bytes // _PIECE)
+        self.missing = -(-self.num_bytes // _PIECE)
 
-    def tensor(self) -> Tensor:
-        """The tensor, for the stream that asks."""
+    def windows(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors, for the stream that asks."""
         for event in self.copied:
-            event.wait(torch.cuda.current_stream(self.wanted.device))
-        return self.flat.view(self.wanted.dtype).view(self.wanted.shape)
+            event.wait(torch.cuda.current_stream(self.device))
+        for wanted in self.tensors:
+            start = wanted.start - self.start
+            flat = self.flat[start : start + wanted.num_bytes]
+            if start % wanted.dtype.itemsize:
+                flat = flat.clone()  # numbers of several bytes begin at a multiple of them
+            yield wanted.name, flat.view(wanted.dtype).view(wanted.shape)
 
 
-@dataclass(slots=True)
 class _Shared:
     """What the reading threads and their user tell each other."""
 
-    changed: threading.Condition = field(default_factory=threading.Condition)
-    pieces: deque[tuple[_Arriving, int]] = field(default_factory=deque)
-    """Tensor and first byte of each piece that nobody has taken, in the order of the file."""
-    error: BaseException | None = None
-    over: bool = False
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.to_do = threading.Condition(self.lock)
+        """There are pieces to read, or it is over."""
+        self.arrived = threading.Condition(self.lock)
+        """A group is complete, or there is an error."""
+        self.pieces: deque[tuple[_Group, int]] = deque()
+        """Group and first byte of each piece that nobody has taken, in the order of the file."""
+        self.error: BaseException | None = None
+        self.over = False
 
 
 def read_ahead(tensors: Sequence[Wanted], threads: int | None = None) -> Generator[tuple[str, Tensor], None, None]:
     """Each of `tensors` with its name, in the given order, which should be that of the file.
 
-    A tensor belongs to whoever gets it. Raises `CheckpointError` if a file ends early or cannot be read.
+    A tensor is a window into memory that it shares with its neighbours: copy what is to stay. Raises `CheckpointError`
+    if a file ends early or cannot be read.
     """
     shared = _Shared()
     count = threads or min(_MOST_THREADS, os.cpu_count() or 1)
@@ -82,32 +108,62 @@ def read_ahead(tensors: Sequence[Wanted], threads: int | None = None) -> Generat
     try:
         yield from _in_order(tensors, shared)
     finally:
-        with shared.changed:
+        with shared.lock:
             shared.over = True
-            shared.changed.notify_all()
+            shared.to_do.notify_all()
         for worker in workers:
             worker.join()
 
 
+def _neighbours(tensors: Iterable[Wanted]) -> Iterator[list[Wanted]]:
+    """Cut into what is read together."""
+    group: list[Wanted] = []
+    for wanted in tensors:
+        if group and not _belongs(wanted, group):
+            yield group
+            group = []
+        group.append(wanted)
+    if group:
+        yield group
+
+
+def _belongs(wanted: Wanted, group: Sequence[Wanted]) -> bool:
+    last = group[-1]
+    near = (wanted.path, wanted.device) == (last.path, last.device) and 0 <= wanted.start - last.end <= _GAP
+    return near and wanted.end - group[0].start <= _GROUP
+
+
+def _span(tensors: Sequence[Wanted]) -> int:
+    return tensors[-1].end - tensors[0].start
+
+
 def _in_order(tensors: Sequence[Wanted], shared: _Shared) -> Iterator[tuple[str, Tensor]]:
-    waiting = deque(tensors)
-    arriving: deque[_Arriving] = deque()
+    waiting = deque(_neighbours(tensors))
+    arriving: deque[_Group] = deque()
     ahead = 0
     while waiting or arriving:
-        while waiting and (not arriving or ahead + waiting[0].num_bytes <= _AHEAD):
-            arriving.append(_Arriving(waiting.popleft()))
-            ahead += arriving[-1].wanted.num_bytes
-            with shared.changed:
-                shared.pieces.extend((arriving[-1], start) for start in range(0, len(arriving[-1].flat), _PIECE))
-                shared.changed.notify_all()
-        first = arriving.popleft()
-        ahead -= first.wanted.num_bytes
-        with shared.changed:
-            while first.missing and shared.error is None:
-                shared.changed.wait(0.1)  # a wait without end would not hear Ctrl-C on Windows
-            if shared.error is not None:
-                raise shared.error
-        yield first.wanted.name, first.tensor()
+        while waiting and (not arriving or ahead + _span(waiting[0]) <= _AHEAD):
+            arriving.append(_begun(waiting.popleft(), shared))
+            ahead += arriving[-1].num_bytes
+        ahead -= arriving[0].num_bytes
+        yield from _complete(arriving.popleft(), shared).windows()
+
+
+def _begun(tensors: Sequence[Wanted], shared: _Shared) -> _Group:
+    group = _Group(tensors)
+    with shared.lock:
+        shared.pieces.extend((group, start) for start in range(0, group.num_bytes, _PIECE))
+        shared.to_do.notify(group.missing)
+    return group
+
+
+def _complete(group: _Group, shared: _Shared) -> _Group:
+    with shared.lock:
+        while group.missing and shared.error is None:
+            shared.arrived.wait(0.1)  # a wait without end would not hear Ctrl-C on Windows
+        if shared.error is not None:
+            raise shared.error
+    return group
 
 
 def _work(shared: _Shared) -> None:
@@ -115,20 +171,22 @@ def _work(shared: _Shared) -> None:
     files: dict[Path, IO[bytes]] = {}
     try:
         while True:
-            with shared.changed:
+            with shared.lock:
                 while not shared.pieces and not shared.over:
-                    shared.changed.wait()
+                    shared.to_do.wait()
                 if shared.over:
                     return
-                tensor, start = shared.pieces.popleft()
-            _read(tensor, start, files, staging)
-            with shared.changed:
-                tensor.missing -= 1
-                shared.changed.notify_all()
+                group, start = shared.pieces.popleft()
+            _read(group, start, files, staging)
+            with shared.lock:
+                group.missing -= 1
+                if not group.missing:
+                    shared.arrived.notify()
+            del group
     except BaseException as error:
-        with shared.changed:
+        with shared.lock:
             shared.error = error
-            shared.changed.notify_all()
+            shared.arrived.notify()
     finally:
         for stage in staging.values():
             stage.settle()
@@ -136,22 +194,20 @@ def _work(shared: _Shared) -> None:
             file.close()
 
 
-def _read(tensor: _Arriving, start: int, files: dict[Path, IO[bytes]], staging: "dict[torch.device, _Staging]") -> None:
-    wanted = tensor.wanted
-    target = tensor.flat[start : start + _PIECE]
-    if wanted.path not in files:
-        files[wanted.path] = wanted.path.open("rb", buffering=0)
-    files[wanted.path].seek(wanted.start + start)
-    if wanted.device.type != "cuda":
-        _fill(target, files[wanted.path], wanted)
+def _read(group: _Group, start: int, files: dict[Path, IO[bytes]], staging: "dict[torch.device, _Staging]") -> None:
+    target = group.flat[start : start + _PIECE]
+    if group.path not in files:
+        files[group.path] = group.path.open("rb", buffering=0)
+    files[group.path].seek(group.start + start)
+    if group.device.type != "cuda":
+        _fill(target, files[group.path], group.path)
         return
-    if wanted.device not in staging:
-        staging[wanted.device] = _Staging(wanted.device)
-    stage = staging[wanted.device]
+    if group.device not in staging:
+        staging[group.device] = _Staging(group.device)
+    stage = staging[group.device]
     stage.settle()
-    _fill(stage.buffer[: len(target)], files[wanted.path], wanted)
-    event = stage.send(target, tensor.writable)
-    tensor.copied.append(event)
+    _fill(stage.buffer[: len(target)], files[group.path], group.path)
+    group.copied.append(stage.send(target, group.writable))
 
 
 class _Staging:
@@ -182,14 +238,14 @@ def _mark(device: torch.device) -> "torch.cuda.Event | None":
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
-def _fill(target: Tensor, file: IO[bytes], wanted: Wanted) -> None:
+def _fill(target: Tensor, file: IO[bytes], path: Path) -> None:
     """Read exactly what `target`, on the host, holds."""
     view = target.numpy().data
     try:
         while view:
             count = file.readinto(view)  # type: ignore[attr-defined]
             if not count:
-                raise CheckpointError(f"{wanted.path} has become shorter while it was read; fetch or make it again")
+                raise CheckpointError(f"{path} has become shorter while it was read; fetch or make it again")
             view = view[count:]
     except OSError as error:
-        raise CheckpointError(f"{wanted.path} cannot be read ({error.strerror or error}); check the drive") from error
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}); check the drive") from error

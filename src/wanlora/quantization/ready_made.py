@@ -13,14 +13,14 @@ from wanlora.foundation.errors import CheckpointError
 
 
 def as_block_scale(scale: Tensor, shape: tuple[int, int], name: str) -> Tensor:
-    """Bring a scale of a weight of `shape` [out, in] to [out or 1, blocks, 1], float32.
+    """Bring a scale of a weight of `shape` [out, in] to [out or 1, blocks, 1], float32, a copy.
 
     Accepts a scalar, [out], [out, 1], [out, blocks], [out, blocks, 1] and tiles [rows, blocks] where rows divides out
     and blocks divides in. Raises `CheckpointError` for anything else.
     """
     num_out, num_in = shape
     if scale.numel() == 1:
-        return scale.float().reshape(1, 1, 1)
+        return scale.float().reshape(1, 1, 1).clone()
     grid = scale.float()
     if grid.ndim == 3 and grid.shape[2] == 1:
         grid = rearrange(grid, "o b 1 -> o b")

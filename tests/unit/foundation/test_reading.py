@@ -1,8 +1,10 @@
 """Tensors of a file read ahead by threads are those of the file, in bounded memory, and faults are named."""
 
 import threading
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "_PIECE", 64)
+    monkeypatch.setattr(reading, "_GROUP", 300)
     monkeypatch.setattr(reading, "_AHEAD", 1000)
 
 
@@ -61,16 +64,61 @@ def test_all_of_a_file_or_of_its_shards_is_read_in_the_order_of_the_disk(tmp_pat
 def test_no_more_is_read_ahead_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tensors(tmp_path / "x.safetensors", {f"t{number:02}": torch.ones(100) for number in range(20)})
     begun: list[str] = []
-    arriving = reading._Arriving.__init__
+    made = reading._Group.__init__
 
-    def counted(self: reading._Arriving, wanted: Wanted) -> None:
-        begun.append(wanted.name)
-        arriving(self, wanted)
+    def counted(self: reading._Group, tensors: Sequence[Wanted]) -> None:
+        begun.extend(wanted.name for wanted in tensors)
+        made(self, tensors)
 
-    monkeypatch.setattr(reading._Arriving, "__init__", counted)
+    monkeypatch.setattr(reading._Group, "__init__", counted)
     with open_tensors(tmp_path / "x.safetensors") as source:
         for number, _ in enumerate(source.read_all(source.names, lambda name: CPU)):
             assert len(begun) <= number + 3  # the one in hand and two of 400 bytes on the way
+
+
+def test_neighbours_are_read_together_and_the_threads_hear_of_few_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {f"t{number:03}": torch.full((number % 7,), float(number)) for number in range(100)}
+    tensors["t050"] = torch.ones(500)  # alone, in pieces
+    write_tensors(tmp_path / "x.safetensors", tensors, {})
+    pieces = []
+    read = reading._read
+
+    def counted(group: reading._Group, start: int, *rest: Any) -> None:
+        pieces.append((len(group.tensors), start))
+        read(group, start, *rest)
+
+    monkeypatch.setattr(reading, "_read", counted)
+    monkeypatch.setattr(reading, "_PIECE", 1000)
+    with open_tensors(tmp_path / "x.safetensors") as source:
+        found = dict(source.read_all(source.names, lambda name: CPU))
+    assert all(bits(found[name]) == bits(tensors[name]) for name in tensors)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    assert len(pieces) < 10 and [start for count, start in pieces if count == 1] == [0, 1000]
+    memories = [tensor.untyped_storage() for tensor in found.values() if tensor.numel()]
+    sizes = {memory.data_ptr(): memory.nbytes() for memory in memories}
+    assert len(sizes) == len(pieces) - 1 and sum(sizes.values()) == total
+
+
+def test_a_small_gap_is_read_and_a_large_one_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"a": torch.randn(9), "unwanted": torch.randn(5), "b": torch.randn(7)}
+    write_tensors(tmp_path / "x.safetensors", tensors, {})
+    for gap, memories in ((20, 1), (19, 2)):
+        monkeypatch.setattr(reading, "_GAP", gap)
+        with open_tensors(tmp_path / "x.safetensors") as source:
+            found = dict(source.read_all(["b", "a"], lambda name: CPU))
+        assert list(found) == ["a", "b"] and all(bits(found[name]) == bits(tensors[name]) for name in found)
+        assert len({tensor.untyped_storage().data_ptr() for tensor in found.values()}) == memories
+
+
+def test_numbers_of_several_bytes_may_begin_anywhere(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(3).to(torch.uint8), "b": torch.randn(9), "c": torch.randn(5).bfloat16()}
+    write_tensors(tmp_path / "x.safetensors", tensors, {})
+    with open_tensors(tmp_path / "x.safetensors") as source:
+        found = dict(source.read_all(source.names, lambda name: CPU))
+    assert all(bits(found[name]) == bits(tensors[name]) for name in tensors)
+    assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in found.values())
 
 
 def test_a_file_that_ends_early_is_named_and_threads_end(tmp_path: Path) -> None:
