@@ -8,7 +8,6 @@ is rounded once and the wide activations are never multiplied. The base may be a
 `out_features`, quantised or not: only its output is used.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wanlora.lora.drawing import draw_down
 from wanlora.models.wan.layers import project
 
 
@@ -46,7 +46,8 @@ class LoRALinear(nn.Module):
     """`base` plus `multiplier * scale * up(down(x))`; the sum has the base's output format.
 
     Parameters are `lora_down.weight` [rank, in] and `lora_up.weight` [out, rank]. `generator` (on the CPU) draws the
-    initial `lora_down`; the global generator is left alone. `multiplier` 0 gives the base's output bit for bit.
+    initial `lora_down` unless it is given as `down`; the global generator is left alone. `multiplier` 0 gives the
+    base's output bit for bit.
 
     While training, three kinds of dropout may act: `dropout` on single rank activations, `rank_dropout` on whole ranks
     of a sample (survivors grow by 1 / (1 - p)), `module_dropout` on the whole update of a call. The last draws from the
@@ -60,6 +61,7 @@ class LoRALinear(nn.Module):
         rank: int,
         scale: float,
         generator: torch.Generator,
+        down: Tensor | None = None,
         dropout: float = 0.0,
         rank_dropout: float = 0.0,
         module_dropout: float = 0.0,
@@ -81,9 +83,7 @@ class LoRALinear(nn.Module):
         self.lora_down = Factor(rank, self.in_features, device)
         self.lora_up = Factor(self.out_features, rank, device)
         if device.type != "meta":
-            drawn = torch.empty(rank, self.in_features)
-            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-            self.lora_down.weight.data.copy_(drawn)
+            self.lora_down.weight.data.copy_(draw_down(rank, self.in_features, generator) if down is None else down)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""

@@ -216,6 +216,7 @@ def inject(
     rank: int | Mapping[str, int],
     alpha: float | Mapping[str, float] | None = None,
     generator: torch.Generator,
+    downs: Mapping[str, Tensor] | None = None,
     dropout: float | None = None,
     rank_dropout: float | None = None,
     module_dropout: float | None = None,
@@ -223,7 +224,8 @@ def inject(
 ) -> LoRANetwork:
     """Put an untrained adapter on each of `targets` (`select_targets`) and freeze everything else.
 
-    `rank` and `alpha` may differ by module (`shapes_from_weights`); alpha None or 0 means alpha = rank. `device` is
+    `rank` and `alpha` may differ by module (`shapes_from_weights`); alpha None or 0 means alpha = rank. `generator`
+    draws the first down factors in the order of `targets` unless they are given by name (`drawing_downs`). `device` is
     where the trained weights live, by default where each base weight is. Raises `ValueError` if the model has adapters.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
@@ -238,6 +240,7 @@ def inject(
             rank=module_rank,
             scale=(module_alpha or module_rank) / module_rank,
             generator=generator,
+            down=downs[name] if downs else None,
             dropout=dropout or 0.0,
             rank_dropout=rank_dropout or 0.0,
             module_dropout=module_dropout or 0.0,

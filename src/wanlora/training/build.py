@@ -6,12 +6,13 @@ which tensors are trained and must not leave the device; compiling has to see th
 instead of recomputed depends on both.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from wanlora.config.train import MemoryConfig, NetworkConfig, TrainConfig
 from wanlora.foundation.dtypes import dtype_name
@@ -19,6 +20,7 @@ from wanlora.foundation.errors import CheckpointError
 from wanlora.foundation.laps import start
 from wanlora.foundation.log import log, say_once, warn_once
 from wanlora.foundation.random import Streams
+from wanlora.lora.drawing import drawing_downs
 from wanlora.lora.files import read_lora
 from wanlora.lora.merge import MergedLoRAs
 from wanlora.lora.network import LoRANetwork, inject
@@ -73,10 +75,12 @@ def build_trainee(
     recomputes = config.memory.gradient_checkpointing or streamed > 0 or config.memory.fp8_fast
     needed = compiles or prepared.optimizer.asks_compiler or not does_without_compiler(recomputes=recomputes)
     whole = compiles and config.memory.compile_backend == "inductor"
+    generator = streams.generator("init")
+    downs = drawing_downs(prepared.down_shapes, generator)
     with importing_compiler(whole=whole) if needed else nullcontext():
         model = _load(config, prepared, device, dtype, leaving, quiet)
         start.lap("weights")
-        network = _adapt(config.network, prepared, model, device, streams)
+        network = _adapt(config.network, prepared, model, device, generator, downs.result())
         start.lap("adapters")
     start.lap("compiler")
     stream = None
@@ -230,7 +234,12 @@ def residual_dtype(config: MemoryConfig) -> torch.dtype:
 
 
 def _adapt(
-    config: NetworkConfig, prepared: Prepared, model: WanTransformer, device: torch.device, streams: Streams
+    config: NetworkConfig,
+    prepared: Prepared,
+    model: WanTransformer,
+    device: torch.device,
+    generator: torch.Generator,
+    downs: Mapping[str, Tensor],
 ) -> LoRANetwork:
     arguments = config.args
     network = inject(
@@ -238,7 +247,8 @@ def _adapt(
         prepared.targets,
         rank=prepared.ranks or config.rank,
         alpha=prepared.alphas or config.network_alpha,
-        generator=streams.generator("init"),
+        generator=generator,
+        downs=downs,
         dropout=config.network_dropout,
         rank_dropout=arguments.rank_dropout,
         module_dropout=arguments.module_dropout,

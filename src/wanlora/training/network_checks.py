@@ -34,6 +34,8 @@ class NetworkChoice:
     ranks: Mapping[str, int] | None
     """By module, from --dim_from_weights."""
     alphas: Mapping[str, float] | None
+    down_shapes: Mapping[str, tuple[int, int]]
+    """Rank and inputs of each module, in the order of `targets`."""
 
 
 def choose_network(
@@ -63,7 +65,13 @@ def choose_network(
         if state is not None:
             with open_tensors(state / ADAPTER) as source:
                 network.check_state({name: source.shape(name) for name in source.names}, f"--resume {state}")
-    return NetworkChoice(targets=targets, partial=set(targets) != set(modules), ranks=ranks, alphas=alphas)
+    return NetworkChoice(
+        targets=targets,
+        partial=set(targets) != set(modules),
+        ranks=ranks,
+        alphas=alphas,
+        down_shapes={name: (adapter.rank, adapter.in_features) for name, adapter in network.adapters.items()},
+    )
 
 
 def import_network(name: str | None) -> None:

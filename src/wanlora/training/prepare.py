@@ -71,6 +71,8 @@ class Prepared:
     """Official paths of the modules that are trained."""
     partial: bool
     """Some linear layers of the blocks are left out."""
+    down_shapes: Mapping[str, tuple[int, int]]
+    """Rank and inputs of each of them."""
     ranks: Mapping[str, int] | None = None
     """By module, from --dim_from_weights."""
     alphas: Mapping[str, float] | None = None
@@ -149,7 +151,7 @@ def _check_model(config: TrainConfig, problems: Problems, found: dict[str, objec
             resume = found.get("resume")
             assert resume is None or isinstance(resume, Resume)
             choice = choose_network(config.network, blank, problems, state=resume.folder if resume else None)
-            found |= {name: getattr(choice, name) for name in ("targets", "partial", "ranks", "alphas")}
+            found |= {name: getattr(choice, name) for name in ("targets", "partial", "ranks", "alphas", "down_shapes")}
         return transformer.sizes
     return None
 

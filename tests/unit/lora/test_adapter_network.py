@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.unit.lora.wan import adapted_wan, inputs, seeded, tiny_wan
 from wanlora.foundation.errors import CheckpointError
+from wanlora.lora.drawing import drawing_downs
 from wanlora.lora.layers import LoRALinear
 from wanlora.lora.network import LoRANetwork, eject, inject
 from wanlora.lora.targets import select_targets
@@ -41,6 +42,23 @@ def test_ejecting_undoes_injecting() -> None:
     after = model.state_dict()
     assert list(after) == list(tensors)
     assert all(after[name].data_ptr() == tensors[name].data_ptr() for name in tensors)
+
+
+def test_factors_drawn_ahead_are_those_that_injecting_draws() -> None:
+    targets = select_targets(tiny_wan())
+    ranks = {name: 2 + number % 3 for number, name in enumerate(targets)}
+    usual = inject(tiny_wan(), targets, rank=ranks, generator=seeded(5))
+    shapes = {name: (adapter.rank, adapter.in_features) for name, adapter in usual.adapters.items()}
+    downs, unused = drawing_downs(shapes, seeded(5)).result(), seeded(9)
+    ahead = inject(tiny_wan(), targets, rank=ranks, generator=unused, downs=downs)
+    before, after = usual.state_dict(), ahead.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(unused.get_state(), seeded(9).get_state())
+
+
+def test_what_goes_wrong_while_drawing_is_raised_where_the_factors_are_wanted() -> None:
+    with pytest.raises(RuntimeError):
+        drawing_downs({"a": (-1, 4)}, seeded()).result()
 
 
 def test_injecting_or_ejecting_twice_is_an_error() -> None:

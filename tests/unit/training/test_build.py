@@ -1,6 +1,7 @@
 """What is built from the settings, read back from the built parts."""
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from tests.unit.training.parts import CPU
 from wanlora.config.train import MemoryConfig
 from wanlora.foundation.log import log
 from wanlora.foundation.random import Streams
+from wanlora.lora.drawing import draw_down, drawing_downs
 from wanlora.lora.files import save_lora
 from wanlora.memory.checkpointing import Kept, Recompute
 from wanlora.memory.compile import is_compiled
@@ -189,6 +191,33 @@ def test_the_compiler_is_imported_while_the_model_is_read_the_whole_if_blocks_ar
         events.clear()
         build(checked, "--no_compile", *other)
         assert events == [False, "read", "imported"]
+
+
+def test_the_first_factors_are_drawn_once_while_the_model_is_read(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[threading.Thread] = []
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        drawn.append(threading.current_thread())
+        return draw_down(*arguments)
+
+    def load(*args: Any) -> WanTransformer:
+        for thread in {*drawn, *threading.enumerate()} - before:
+            thread.join()
+        in_time.append(len(drawn))
+        return _load(*args)
+
+    in_time: list[int] = []
+    before = set(threading.enumerate())
+    monkeypatch.setattr("wanlora.lora.drawing.draw_down", counted)
+    monkeypatch.setattr("wanlora.lora.layers.draw_down", counted)
+    monkeypatch.setattr("wanlora.training.build._load", load)
+    built = build(checked, "--network_dim", "3")
+    assert in_time == [len(built.network)] == [len(drawn)] and set(drawn).isdisjoint(before)
+    downs = drawing_downs({"blocks.0.self_attn.q": (3, 128)}, Streams(7).generator("init")).result()
+    first = next(iter(built.network.adapters))
+    assert torch.equal(built.network.adapters[first].lora_down.weight, downs["blocks.0.self_attn.q"])
 
 
 def test_recomputation_covers_all_blocks_with_gradient_checkpointing(checked: Checked) -> None:
