@@ -1,4 +1,4 @@
-"""Reading a file straight to a card: the bits of the file, also where memory is used again at once."""
+"""Reading a file straight to a card and back: its bits, also where memory is used again at once."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from wanlora.foundation import reading
-from wanlora.foundation.tensor_files import open_tensors, save_tensors
+from wanlora.foundation import reading, writing
+from wanlora.foundation.tensor_files import open_tensors, save_tensors, write_tensors
 from wanlora.memory.pinned import is_page_locked
 from wanlora.memory.placement import LeavingBlocks, streamed_indexes
 from wanlora.memory.streaming import BlockStream
@@ -37,6 +37,19 @@ def test_tensors_on_the_card_are_those_of_the_file(tmp_path: Path, monkeypatch: 
             sums[name] = tensor
             del tensor
     assert all(torch.equal(sums[name].cpu(), tensors[name] * 32) for name in tensors)
+
+
+def test_tensors_of_the_card_reach_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_PIECE", 1 << 20)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"t{number:03}": torch.randn(number, 1000, generator=generator) for number in range(300)}
+    tensors |= {"eight": tensors["t100"].to(torch.float8_e4m3fn), "turned": tensors["t099"].T}
+    placed = {name: tensor if name == "t150" else tensor.to(CARD) for name, tensor in tensors.items()}
+    write_tensors(tmp_path / "x.safetensors", placed, {})
+    with open_tensors(tmp_path / "x.safetensors") as source:
+        for name, tensor in source.read_all(source.names, lambda name: CARD):
+            assert tensor.dtype == tensors[name].dtype
+            assert torch.equal(tensor.cpu().float(), tensors[name].float())
 
 
 def test_streamed_blocks_leave_the_card_while_the_model_is_read(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from wanlora.foundation.errors import CheckpointError
 from wanlora.foundation.files import atomic_path
 from wanlora.foundation.headers import broken_pickle, locate, read_header, unreadable, unwrap
 from wanlora.foundation.reading import Wanted, read_ahead
+from wanlora.foundation.writing import host_views
 
 _FORMATS = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -195,7 +196,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """As `save_tensors`, with one tensor at a time in main memory. Raises `OSError` if the disk is full."""
+    """As `save_tensors`, with no copy of the tensors in main memory. Raises `OSError` if the disk is full."""
     content: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, tensor in tensors.items():
@@ -205,8 +206,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     header += b" " * (-len(header) % 8)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for tensor in tensors.values():
-            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        for view in host_views(tensors.values()):
+            file.write(view)
 
 
 def _read_in_order(tensors: Iterable[Wanted]) -> Iterator[tuple[str, Tensor]]:
