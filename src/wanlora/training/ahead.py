@@ -8,8 +8,9 @@ optimizer remembers are copied before each update, and the copy is put back wher
 no step is, so what has been queued meanwhile changes nothing either. What lies on the host (counters, rates) is noted
 before each update, and put back by the host when it learns of it.
 
-The copies are there only during an update, when nothing else of a step is; they take 2 ms for a LoRA of rank 32 on the
-14B model, by the bytes that are moved.
+The copies are there only during an update, when nothing else of a step is. They are put back by kernels that return at
+once where the step was sound (`conditional.py`), so what is moved in practice is the copies alone: for a LoRA of rank
+32 on the 14B model with an 8-bit optimizer 0.9 GB, read and written.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 
 from wanlora.config.train import TrainConfig
 from wanlora.foundation.log import say_once
+from wanlora.training.conditional import restore
 from wanlora.training.engine import Engine
 
 _AHEAD = 2
@@ -120,8 +122,7 @@ class TakenBack:
             self._sound.logical_and_(numbers.isfinite().all())
             update()
             for tensor, former in zip(self._on_device(), before, strict=True):
-                new, old = map(_in_words, (tensor, former)) if _has_words(tensor) else (tensor, former)
-                torch.where(self._sound, new, old, out=new)
+                restore(self._sound, tensor, former)
         return host_state
 
     def put_back(self, host_state: HostState) -> None:
@@ -151,17 +152,6 @@ class TakenBack:
 
     def _lies_there(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.device.type == self.device.type
-
-
-def _has_words(tensor: Tensor) -> bool:
-    """Whether the memory of a tensor, and that of its copy, can be read eight bytes at a time."""
-    sizes = (tensor.numel(), tensor.storage_offset())
-    return tensor.is_contiguous() and all(size * tensor.element_size() % 8 == 0 for size in sizes)
-
-
-def _in_words(tensor: Tensor) -> Tensor:
-    """The same memory as numbers of eight bytes: choosing between bytes takes three times as long."""
-    return tensor.detach().view(-1).view(torch.int64)
 
 
 def _copied(value: Any) -> Any:

@@ -25,6 +25,7 @@ from wanlora.foundation.log import log, say_once
 from wanlora.foundation.random import Streams
 from wanlora.memory.measure import is_out_of_memory
 from wanlora.training.ahead import READ_AT_ONCE, Reading, TakenBack
+from wanlora.training.conditional import scale
 from wanlora.training.engine import Engine
 from wanlora.training.flat import FlatGroups
 from wanlora.training.graphs import Replays
@@ -273,8 +274,12 @@ class TrainingStep:
         return self.replays.replayed if self.replays else 0
 
     def _clip(self) -> Tensor:
-        limit = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
-        return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        """Limit the gradient's norm, as `torch.nn.utils.clip_grad_norm_` does; returns what it was."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.max_grad_norm > 0:
+            scale(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def _overflowed(self, loss: float, norm: float) -> bool:
         return self.scaler is not None and is_finite(loss) and not is_finite(norm)
