@@ -13,6 +13,7 @@ At most `_AHEAD` bytes are read that nobody has asked for yet, whatever the size
 """
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -32,6 +33,8 @@ _GAP = 64 << 10
 """So many bytes between two tensors that nobody wants are read rather than skipped."""
 _AHEAD = 1 << 30
 _MOST_THREADS = 8
+_TURN = 0.0005
+"""Seconds after which a thread that computes in Python lets one that reads have its turn; usually 0.005."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +108,8 @@ def read_ahead(tensors: Sequence[Wanted], threads: int | None = None) -> Generat
     workers = [threading.Thread(target=_work, args=(shared,), daemon=True) for _ in range(count)]
     for worker in workers:
         worker.start()
+    usual_turn = sys.getswitchinterval()
+    sys.setswitchinterval(min(_TURN, usual_turn))
     try:
         yield from _in_order(tensors, shared)
     finally:
@@ -113,6 +118,7 @@ def read_ahead(tensors: Sequence[Wanted], threads: int | None = None) -> Generat
             shared.to_do.notify_all()
         for worker in workers:
             worker.join()
+        sys.setswitchinterval(usual_turn)
 
 
 def _neighbours(tensors: Iterable[Wanted]) -> Iterator[list[Wanted]]:

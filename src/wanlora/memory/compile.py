@@ -8,15 +8,12 @@ a variable of the graph unless `dynamic` says otherwise. With torch's own compil
 its backward (`saving.py`); there is one graph for each such way.
 """
 
-import gc
-import importlib
 import importlib.util
 import os
 import shutil
 import signal
 import sys
 import sysconfig
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -29,6 +26,7 @@ import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from wanlora.foundation.imports import importing
 from wanlora.foundation.log import log
 from wanlora.memory.saving import Save
 
@@ -57,21 +55,10 @@ def importing_compiler(*, whole: bool) -> Iterator[None]:
     """Import the compiler in a thread while the caller waits for something else (a checkpoint); it is there afterwards.
 
     It takes seconds, which `torch.compile` would otherwise take when blocks are made ready. An error shows there too.
-    Without `whole` only the part that traces. An error of the caller, or Ctrl-C, waits for nothing.
+    Without `whole` only the part that traces.
     """
-    thread = threading.Thread(target=_import_compiler, args=(_COMPILER if whole else _TRACER,), daemon=True)
-    thread.start()
-    yield
-    thread.join()  # modules that two threads import at once may be seen half made
-
-
-def _import_compiler(module: str) -> None:
-    gc.disable()  # of the objects that are made hardly any are garbage, and looking for it takes a fifth of the time
-    try:
-        with suppress(Exception):
-            importlib.import_module(module)
-    finally:
-        gc.enable()
+    with importing(_COMPILER if whole else _TRACER):
+        yield
 
 
 def does_without_compiler(*, recomputes: bool) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from wanlora.config.train import MemoryConfig, NetworkConfig, TrainConfig
 from wanlora.foundation.dtypes import dtype_name
 from wanlora.foundation.errors import CheckpointError
+from wanlora.foundation.imports import importing
 from wanlora.foundation.laps import start
 from wanlora.foundation.log import log, say_once, warn_once
 from wanlora.foundation.random import Streams
@@ -42,6 +43,7 @@ from wanlora.quantization.scaled_matmul import missing_fp8_maths
 from wanlora.quantization.transposed import TransposedWeights
 from wanlora.training.engine import compute_dtype
 from wanlora.training.prepare import Prepared
+from wanlora.training.trackers import tracker_module
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +79,9 @@ def build_trainee(
     whole = compiles and config.memory.compile_backend == "inductor"
     generator = streams.generator("init")
     downs = drawing_downs(prepared.down_shapes, generator)
-    with importing_compiler(whole=whole) if needed else nullcontext():
+    logs = None if quiet else tracker_module(config.logging)
+    meanwhile = importing(logs) if logs else nullcontext()
+    with importing_compiler(whole=whole) if needed else meanwhile:
         model = _load(config, prepared, device, dtype, leaving, quiet)
         start.lap("weights")
         network = _adapt(config.network, prepared, model, device, generator, downs.result())

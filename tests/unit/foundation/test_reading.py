@@ -1,5 +1,6 @@
 """Tensors of a file read ahead by threads are those of the file, in bounded memory, and faults are named."""
 
+import sys
 import threading
 from collections.abc import Sequence
 from contextlib import closing
@@ -119,6 +120,17 @@ def test_numbers_of_several_bytes_may_begin_anywhere(tmp_path: Path) -> None:
         found = dict(source.read_all(source.names, lambda name: CPU))
     assert all(bits(found[name]) == bits(tensors[name]) for name in tensors)
     assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in found.values())
+
+
+def test_threads_that_read_get_their_turn_sooner_meanwhile(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(50), "b": torch.ones(50)})
+    usual = sys.getswitchinterval()
+    with open_tensors(tmp_path / "x.safetensors") as source:
+        assert {sys.getswitchinterval() for _ in source.read_all(source.names, lambda name: CPU)} == {0.0005}
+        assert sys.getswitchinterval() == usual
+        with closing(source.read_all(source.names, lambda name: CPU)) as tensors:  # type: ignore[type-var]
+            next(tensors)
+        assert sys.getswitchinterval() == usual
 
 
 def test_a_file_that_ends_early_is_named_and_threads_end(tmp_path: Path) -> None:

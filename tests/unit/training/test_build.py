@@ -4,6 +4,8 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -191,6 +193,38 @@ def test_the_compiler_is_imported_while_the_model_is_read_the_whole_if_blocks_ar
         events.clear()
         build(checked, "--no_compile", *other)
         assert events == [False, "read", "imported"]
+
+
+def test_tensorboard_is_imported_while_the_model_is_read_unless_the_compiler_is(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def importing(module: str, **options: Any) -> Iterator[None]:
+        events.append(module)
+        yield
+        events.append("imported")
+
+    def load(*args: Any) -> WanTransformer:
+        events.append("read")
+        return _load(*args)
+
+    monkeypatch.setattr("wanlora.training.build.importing", importing)
+    monkeypatch.setattr("wanlora.training.build.importing_compiler", partial(importing, "compiler"))
+    monkeypatch.setattr("wanlora.training.build._load", load)
+    plain = ("--no_compile", "--optimizer_type", "adamw8bit")
+    config, prepared = checked(*plain, "--logging_dir", str(tmp_path))
+    build_trainee(config, prepared, CPU, Streams(7), quiet=False)
+    assert events == ["torch.utils.tensorboard", "read", "imported"]
+    events.clear()
+    build_trainee(config, prepared, CPU, Streams(7), quiet=True)  # its main process logs
+    build(checked, *plain)
+    assert events == ["read", "read"]
+    events.clear()
+    config, prepared = checked("--compile", "--compile_backend", "aot_eager", "--logging_dir", str(tmp_path))
+    build_trainee(config, prepared, CPU, Streams(7), quiet=False)
+    assert events == ["compiler", "read", "imported"]
 
 
 def test_the_first_factors_are_drawn_once_while_the_model_is_read(

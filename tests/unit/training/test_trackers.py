@@ -7,11 +7,12 @@ import pytest
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.fresh import run_fresh
 from wanlora.config.outputs import LoggingConfig
 from wanlora.config.train import RunConfig
 from wanlora.foundation.errors import ConfigError
 from wanlora.training.engine import Engine
-from wanlora.training.trackers import Trackers, run_folder, tracker_options, wanted_trackers
+from wanlora.training.trackers import Trackers, run_folder, tracker_module, tracker_options, wanted_trackers
 
 
 def test_a_tensorboard_file_holds_every_step(tmp_path: Path) -> None:
@@ -28,6 +29,22 @@ def test_a_tensorboard_file_holds_every_step(tmp_path: Path) -> None:
     assert {"loss/current", "lr/unet"} <= set(events.Tags()["scalars"])
     assert [(event.step, round(event.value, 6)) for event in events.Scalars("loss/current")] == [(7, 0.7), (8, 0.8)]
     assert "learning_rate: '0.0001'" in next((folder / "network_train").glob("*/hparams.yml")).read_text()
+
+
+def test_what_is_imported_ahead_is_what_the_tracker_imports(tmp_path: Path) -> None:
+    module = tracker_module(LoggingConfig(logging_dir=tmp_path))
+    assert module is not None and tracker_module(LoggingConfig()) is None
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from wanlora.config.outputs import LoggingConfig\nfrom wanlora.config.train import RunConfig\n"
+        "from wanlora.training.engine import Engine\nfrom wanlora.training.trackers import Trackers\n"
+        "folder, module = Path(sys.argv[1]), sys.argv[2]\n"
+        "engine = Engine.start(RunConfig(device='cpu'), log_with=['tensorboard'], logging_dir=folder)\n"
+        "assert module not in sys.modules, 'it is imported too early'\n"
+        "Trackers(engine, LoggingConfig(logging_dir=folder), {})\n"
+        "assert module in sys.modules, 'it is not needed'\n"
+    )
+    run_fresh(code, str(tmp_path), module)
 
 
 def test_a_tracker_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
