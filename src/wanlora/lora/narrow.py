@@ -4,8 +4,8 @@ Factors are float32, products are not. Cast where they are used, they are one sm
 backward for their gradients: almost a third of the kernels of a compiled block, and in small sizes the card waits for
 the host that queues kernels. So all factors lie in a second vector in the narrow format, which one or a few kernels
 fill before the passes of a step; blocks read its parts, and backward leaves narrow gradients there, which are widened
-all at once. The numbers are the same to the bit: each factor is multiplied in float32 and rounded once, each gradient
-is widened and then multiplied.
+together later. The numbers are the same to the bit: each factor is multiplied in float32 and rounded once, each
+gradient is widened and then multiplied.
 
 A copy that lags behind its original cannot be read: adapters have the copies within `lent` only, which makes them anew
 when it begins, and nothing changes factors during a step's passes. Whoever computes at any other time (validation,
@@ -53,11 +53,9 @@ class NarrowFactors:
             for factor in self._factors:
                 factor.lend(None)
 
-    def widened(self, gradient: Tensor) -> Tensor:
-        """The gradient of the factors, [numbers] float32, from that of the leaves, [numbers]."""
-        wide = gradient.to(self.wide.dtype)
-        self._multiply(wide, self._strengths())
-        return wide
+    def strengthen(self, gradient: Tensor) -> None:
+        """Make the gradient of the factors of that of the leaves, [numbers] float32, in place."""
+        self._multiply(gradient, self._strengths())
 
     def _refresh(self) -> None:
         wide, strengths = self.wide, self._strengths()

@@ -11,8 +11,8 @@ behind the backward passes of a step, so they take no memory while activations d
 stays where it is.
 
 Where the products are computed in a narrower format than float32, a step's passes read the factors from a second vector
-in that format (`lora/narrow.py`), and leave narrow gradients. One pass's are widened; those of several passes are added
-up in float32, as autograd adds them up.
+in that format (`lora/narrow.py`), and leave narrow gradients. They are widened while they are laid end to end; those of
+several passes are added up in float32, as autograd adds them up.
 """
 
 from collections.abc import Iterator, Sequence
@@ -90,10 +90,13 @@ class FlatParameters:
     def _taken(self) -> Tensor:
         """What passes have left, as the gradient of the vector; the parameters forget it."""
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves]
-        taken = torch.cat([gradient.flatten() for gradient in gradients])
+        taken = torch.empty_like(self.vector.data)
+        torch._foreach_copy_(list(parts_of(taken, self.leaves)), gradients)  # narrow ones are widened as they are read
         del gradients
         self.drop()
-        return self.narrow.widened(taken) if self.narrow else taken
+        if self.narrow:
+            self.narrow.strengthen(taken)
+        return taken
 
 
 class FlatGroups:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit.training.card import BEHIND, Card
 from tests.unit.training.conftest import Checked
@@ -162,6 +163,28 @@ def test_gradients_of_several_batches_are_added_up_in_float32() -> None:
     run.step.drop_gradients()
     run.step.queue(indexed([0]), Position(), 1)
     assert vector.grad is not None and torch.equal(vector.grad, vector.grad.bfloat16().float())
+
+
+@pytest.mark.parametrize("strength", [1, 0.5])
+def test_gradients_are_widened_while_they_are_laid_end_to_end(strength: float) -> None:
+    """No operation makes a vector of all but the one that the gradient is."""
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and not func.is_view and out.numel() >= vector.numel():
+                made.append(out.data_ptr())
+            return out
+
+    run, made = Run(alpha=strength * RANK), list[int]()
+    (member,), (vector,) = run.flat.members, run.flat.vectors
+    assert all(adapter.strength == strength for adapter in run.network.adapters.values())
+    for leaf in member.leaves:
+        leaf.grad = torch.ones_like(leaf)
+    with Made():
+        run.flat.collect()
+    assert vector.grad is not None and vector.grad.unique().tolist() == sorted({1.0, strength})
+    assert made == [vector.grad.data_ptr()]
 
 
 def test_a_step_reads_factors_as_they_are_when_it_begins() -> None:
