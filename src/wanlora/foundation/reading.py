@@ -62,9 +62,10 @@ class _Group:
     def __init__(self, tensors: Sequence[Wanted]) -> None:
         self.tensors = tensors
         first = tensors[0]
-        self.path, self.start, self.device = first.path, first.start, first.device
+        self.path, self.start = first.path, first.start
         self.num_bytes = _span(tensors)
-        self.flat = torch.empty(self.num_bytes, dtype=torch.uint8, device=self.device)
+        self.flat = torch.empty(self.num_bytes, dtype=torch.uint8, device=first.device)
+        self.device = self.flat.device  # with its number: which card is the current one differs between threads
         # The memory may have belonged to others that the card still reads.
         self.writable = _mark(self.device)
         self.copied: list[torch.cuda.Event] = []

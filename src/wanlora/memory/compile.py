@@ -26,8 +26,8 @@ import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wanlora.foundation.imports import importing
 from wanlora.foundation.log import log
+from wanlora.foundation.meanwhile import importing
 from wanlora.memory.saving import Save
 
 TUNED = "tuned"

@@ -17,9 +17,9 @@ from torch import Tensor
 from wanlora.config.train import MemoryConfig, NetworkConfig, TrainConfig
 from wanlora.foundation.dtypes import dtype_name
 from wanlora.foundation.errors import CheckpointError
-from wanlora.foundation.imports import importing
 from wanlora.foundation.laps import start
 from wanlora.foundation.log import log, say_once, warn_once
+from wanlora.foundation.meanwhile import importing
 from wanlora.foundation.random import Streams
 from wanlora.lora.drawing import drawing_downs
 from wanlora.lora.files import read_lora
@@ -44,6 +44,7 @@ from wanlora.quantization.transposed import TransposedWeights
 from wanlora.training.engine import compute_dtype
 from wanlora.training.prepare import Prepared
 from wanlora.training.trackers import tracker_module
+from wanlora.training.warming import warming_up
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,13 +81,13 @@ def build_trainee(
     generator = streams.generator("init")
     downs = drawing_downs(prepared.down_shapes, generator)
     logs = None if quiet else tracker_module(config.logging)
-    meanwhile = importing(logs) if logs else nullcontext()
-    with importing_compiler(whole=whole) if needed else meanwhile:
+    imports = importing_compiler(whole=whole) if needed else importing(logs) if logs else nullcontext()
+    with imports, warming_up(device, dtype, config.attention.training_kernel):
         model = _load(config, prepared, device, dtype, leaving, quiet)
         start.lap("weights")
         network = _adapt(config.network, prepared, model, device, generator, downs.result())
         start.lap("adapters")
-    start.lap("compiler")
+    start.lap("compiler and libraries")
     stream = None
     if streamed or device.type == "cuda":  # where memory runs out, more blocks may be streamed than at first
         stream = BlockStream(
