@@ -15,7 +15,7 @@ from einops import rearrange
 from wanlora.foundation.meanwhile import meanwhile
 from wanlora.models.attention import attention
 
-_TOKENS, _TEXT, _WIDTH = 256, 16, 128
+_TOKENS, _TEXT, _WIDTH, _HEADS = 512, 64, 256, 2
 
 
 @contextmanager
@@ -33,9 +33,9 @@ def compute_a_little(device: torch.device, dtype: torch.dtype, kernel: str) -> N
     """A product, attention to itself and to a padded text, forward and backward."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of this thread
-    x_LK = torch.zeros(_TOKENS, _WIDTH, device=device, dtype=dtype, requires_grad=True)
-    q_BLNK = rearrange(F.linear(x_LK, x_LK[:_WIDTH]), "l k -> 1 l 1 k")
+    x_LD = torch.zeros(_TOKENS, _WIDTH, device=device, dtype=dtype, requires_grad=True)
+    q_BLNK = rearrange(F.linear(x_LD, x_LD[:_WIDTH]), "l (n k) -> 1 l n k", n=_HEADS)
     text_BTNK = q_BLNK[:, :_TEXT]
     out_BLNK = attention(q_BLNK, q_BLNK, q_BLNK, kernel)
     out_BLNK = out_BLNK + attention(q_BLNK, text_BTNK, text_BTNK, kernel, alike=_TOKENS)
-    out_BLNK.float().sum().backward()
+    out_BLNK.float().square().sum().backward()
