@@ -6,16 +6,18 @@ than is copied, they are not. So numbers of swapped blocks are tried, each with 
 and take.
 
 Sizes may have numbers of their own (`residency.py`). Left to itself, each would take its best. But batches come in any
-order, and what a large one has driven off the card has to be copied again for the small one behind it. So the numbers
-are bounded: none takes more than a common bound, unless it does not fit otherwise, and the bound with which the whole
-data set takes least time is the one.
+order, and what a large one has driven off the card has to be copied again for the small one behind it, unless its
+backward has freed the memory and had the time for that. So the numbers are bounded: none takes more than a common
+bound, unless it does not fit otherwise, and the bound with which the whole data set takes least time is the one. From
+there each number is changed in turn.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from wanlora.memory.cards import Card
+from wanlora.memory.checkpointing import Kept
 from wanlora.memory.outlook import Load, Outlook
 
 WORTH = 0.02
@@ -25,6 +27,10 @@ _WORTH_FOR_A_SIZE = 0.005
 """The same for more swapped blocks of one size, which wait on the host in any case."""
 _WORTH_OF_SIZES = 0.01
 """The same for numbers of their own."""
+_WORTH_OF_TURNS = 0.002
+"""The same for changing the number of each size in turn once more."""
+_APART = 6
+"""Of the numbers that a size is tried with then."""
 Batches = Mapping[Load, int]
 """How often each size comes."""
 
@@ -63,17 +69,24 @@ def fewest_swapped(outlook: Outlook, loads: Iterable[Load], room: int, *, beside
 
 def total_seconds(outlook: Outlook, batches: Batches, room: int, card: Card) -> float:
     """About how long all batches take in an order of chance, with as much kept as `room` bytes allow."""
-    kept = {load: outlook.most_kept(load, room) for load in batches}
-    before = Counter[int]()
+    return _seconds(outlook, batches, {load: outlook.most_kept(load, room) for load in batches}, card)
+
+
+def _seconds(outlook: Outlook, batches: Batches, kept: Mapping[Load, Kept], card: Card) -> float:
+    """`total_seconds`, once it is known what each size keeps."""
+    all_batches, left = sum(batches.values()), Counter[int]()
     for load, count in batches.items():
-        before[outlook.buffers(load)] += count
-    one_of = {outlook.buffers(load): load for load in batches}
-    shares = [(one_of[buffers], count / before.total()) for buffers, count in before.items()]
-    return sum(
-        count * share * outlook.seconds(load, card, kept=kept[load], before=former)
-        for load, count in batches.items()
-        for former, share in shares
-    )
+        left[outlook.buffers_left(load, kept[load])] += count
+    taken = 0.0
+    for load, count in batches.items():
+        found, own = Counter[int](), outlook.buffers(load)
+        for buffers, times in left.items():
+            found[min(own, buffers)] += times
+        taken += sum(
+            count * times / all_batches * outlook.seconds(load, card, kept=kept[load], before=buffers)
+            for buffers, times in found.items()
+        )
+    return taken
 
 
 def best_swapped(
@@ -113,16 +126,39 @@ def _by_size(outlook: Outlook, batches: Batches, room: int, card: Card, most: in
     fewest, best = {}, {}
     for load in batches:
         fewest[load], best[load] = _best_for(replace(outlook, swapped=most), load, room, card)
-    chosen, taken = Swapping(number=0, fewest=0), float("inf")
-    for bound in range(max(best.values()) + 1):
-        numbers = {load: min(best[load], max(bound, fewest[load])) for load in batches}
-        swapping = Swapping(number=max(alike.fewest, *numbers.values()), fewest=alike.fewest, by_size=numbers)
-        seconds = total_seconds(swapping.applied(outlook), batches, room, card)
-        if seconds < taken:
-            chosen, taken = swapping, seconds
+    known: dict[tuple[Load, int, int], Kept] = {}
+
+    def swapping(numbers: Mapping[Load, int]) -> Swapping:
+        return Swapping(number=max(alike.fewest, *numbers.values()), fewest=alike.fewest, by_size=dict(numbers))
+
+    def seconds(numbers: Mapping[Load, int]) -> float:
+        tried = swapping(numbers).applied(outlook)
+        keys = {load: (load, number, tried.optional) for load, number in numbers.items()}
+        known.update({key: tried.most_kept(load, room) for load, key in keys.items() if key not in known})
+        return _seconds(tried, batches, {load: known[key] for load, key in keys.items()}, card)
+
+    bounds = range(max(best.values()) + 1)
+    bounded = ({load: min(best[load], max(bound, fewest[load])) for load in batches} for bound in bounds)
+    numbers = _tuned(min(bounded, key=seconds), fewest, most, seconds)
     compared = total_seconds(_alike(outlook, alike.number), batches, room, card)
-    gain = 1 - taken / compared
-    return replace(chosen, gain=gain, alike=alike.number) if gain > _WORTH_OF_SIZES else None
+    gain = 1 - seconds(numbers) / compared
+    return replace(swapping(numbers), gain=gain, alike=alike.number) if gain > _WORTH_OF_SIZES else None
+
+
+def _tuned(
+    numbers: Mapping[Load, int], fewest: Mapping[Load, int], most: int, seconds: Callable[[Mapping[Load, int]], float]
+) -> Mapping[Load, int]:
+    """The numbers, each changed in turn, by a little and by a lot, for as long as that is worth it."""
+    taken = seconds(numbers)
+    while True:
+        before = taken
+        for load in sorted(numbers, key=lambda load: load.tokens):
+            tried = [{**numbers, load: number} for number in (*range(fewest[load], most, _APART), most)]
+            tried += [{**numbers, load: min(max(numbers[load] + more, fewest[load]), most)} for more in (-1, 1)]
+            numbers = min((numbers, *tried), key=seconds)
+        taken = seconds(numbers)
+        if taken > (1 - _WORTH_OF_TURNS) * before:
+            return numbers
 
 
 def _best_for(outlook: Outlook, load: Load, room: int, card: Card) -> tuple[int, int]:

@@ -118,6 +118,9 @@ def compile_blocks(
     """
     # A norm's epsilon is a number like others to the compiler, until it has traced a block and begins again without.
     torch._dynamo.config.specialize_float = True
+    # Sizes that happen to be alike are not the same: a text of as many rows as the rotary embedding is wide would get a
+    # graph of its own, and one of another length the next.
+    torch.fx.experimental._config.use_duck_shape = False
     limit = torch._dynamo.config.recompile_limit
     # Graphs of all ways to save count together; one too many, and blocks would go on as plain Python.
     torch._dynamo.config.recompile_limit = cache_size_limit or max(limit, _GRAPHS)

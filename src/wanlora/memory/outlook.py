@@ -40,6 +40,8 @@ class Load:
 
 def number_for(load: Load, numbers: Mapping[Load, int]) -> int | None:
     """Its own of `numbers`; for the last batch of an epoch, which may be smaller, that of whole ones; else None."""
+    if load in numbers:
+        return numbers[load]
     alike = [other for other in numbers if other.tokens == load.tokens and other.batch >= load.batch]
     return numbers[min(alike, key=lambda other: other.batch)] if alike else None
 
@@ -181,16 +183,35 @@ class Outlook:
             trained=self.trained,
         )
 
-    def seconds(self, load: Load, card: Card, *, kept: Kept, before: Load | None = None) -> float:
-        """About how long such a step takes, after a step on `before` (default: one like this).
+    def buffers_left(self, load: Load, kept: Kept) -> int:
+        """Device buffers after a step on such a batch of which so much is kept: more than `buffers`, if smaller batches
+        have more, by what backward has freed."""
+        own, most = self.buffers(load), self.streamed - min(self.by_size.values(), default=self.swapped)
+        if own >= most:
+            return own
+        tokens, batch = load.tokens, load.batch
+        held = recomputed_block(self.maths, tokens, batch)
+        pieces = [
+            (kept.blocks, kept_block(self.maths, tokens, batch, everything=kept.everything)),
+            (kept.attention, held + batch * tokens * attention_per_token(self.maths)),
+            (0 if self.offload else self.num_blocks - kept.blocks - kept.attention, held),
+        ]
+        freed = sum(count * size for count, size in pieces) - max((size for count, size in pieces if count), default=0)
+        return min(most, own + freed // block_weights(self.maths.sizes, self.formats))
+
+    def seconds(self, load: Load, card: Card, *, kept: Kept, before: int | None = None) -> float:
+        """About how long such a step takes, if the step before has left `before` buffers (default: as one like this).
 
         Copies run beside the computation, but not for longer than it: a block that is streamed has to be there before
         it is computed, and its buffer is free for the next one only afterwards. So the longer of both counts, in
         forward and in backward, for blocks that are computed again and for those that are not. Forward copies what it
-        finds missing: what does not fit now, or did not in the step before.
+        finds missing: what does not fit now, or did not at the end of the step before. Backward makes buffers as it
+        goes; blocks that were driven off before there were as many buffers as blocks left to go are copied again.
         """
-        back = self.streamed - self.buffers(load)
-        there = max(back, self.streamed - self.buffers(before or load))
+        streamed, own, left = self.streamed, self.buffers(load), self.buffers_left(load, kept)
+        there = streamed - min(own, left if before is None else before)
+        again = left - streamed * left // (streamed + left - own) if left > own else 0
+        back = streamed - own + again
         kinds: dict[Saved, int] = {
             "everything" if kept.everything else "products": kept.blocks,
             "attention": kept.attention,

@@ -3,8 +3,10 @@
 Large batches need the memory of many blocks, small ones of few or none. All blocks that any size wants swapped are
 streamed for the whole run and have their masters on the host. How many device buffers they share is another matter:
 the ring is a cache of them and may be resized between steps (`streaming.py`), which copies and moves nothing by itself.
-So before each step the ring gets as many buffers as leave that step's sizes their number of swapped blocks. A ring that
-has grown is filled by the next forward; what that costs is part of how numbers are chosen (`choices.py`).
+So before each step the ring gets as many buffers as leave that step's sizes their number of swapped blocks. Behind a
+large batch it may have grown by then: what its backward frees is used for buffers at once, so that blocks for the next
+forward are copied beside it (`refilling.py`). The rest is filled by that forward; what it costs is part of how numbers
+are chosen (`choices.py`).
 
 Whatever else wants memory between steps gets the smallest ring.
 """
@@ -14,19 +16,21 @@ from collections.abc import Iterable, Mapping
 from wanlora.foundation.log import log
 from wanlora.memory.measure import is_out_of_memory
 from wanlora.memory.outlook import Load, number_for
+from wanlora.memory.refilling import FreedMemory
 from wanlora.memory.streaming import BlockStream
 
 
 class Residency:
     """Resizes the ring of `stream` so that batches of each size have the number of swapped blocks in `by_size`.
 
-    Sizes without a number have the smallest ring.
+    Sizes without a number have the smallest ring. `buffers` are those of the step at hand while it needs most memory.
     """
 
     def __init__(self, stream: BlockStream, by_size: Mapping[Load, int]) -> None:
         self.stream = stream
         self._by_size = dict(by_size)
         self._all = len(stream.blocks)
+        self.buffers = 0
 
     def ring_for(self, loads: Iterable[Load]) -> int:
         """Device buffers for a step on such batches: those of the one that wants most blocks swapped."""
@@ -48,7 +52,12 @@ class Residency:
                 "the card's memory does not suffice for all the blocks that were to stay on it for batches of "
                 f"{', '.join(str(load.tokens) for load in loads)} tokens: they are swapped from now on"
             )
-        return self.stream.ring_size != before
+        self.buffers = self.stream.ring_size
+        return self.buffers != before
+
+    def refill(self, freed: FreedMemory) -> None:
+        """Before the last pass of a step: what its backward has `freed` is for blocks that other sizes have there."""
+        self.stream.grow(max((self.ring_for([load]) for load in self._by_size), default=0), freed)
 
     def shrink(self) -> None:
         """Between steps: give back what the ring need not hold."""

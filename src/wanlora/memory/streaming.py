@@ -9,7 +9,8 @@ What is needed next is foretold from the order in which blocks are called. A for
 from the top down, so the ring keeps its contents at the turn and starts the way back with a hit; below block 0 the
 next step's forward begins. Without gradients (previews, validation) forward follows forward. A wrong guess costs a
 copy and never a wrong result. With S streamed blocks and a ring of R, a training step makes 2 (S - R) copies; with a
-ring for all of them none, so the ring may grow and shrink from step to step (`residency.py`).
+ring for all of them none, so the ring may grow and shrink from step to step (`residency.py`). It may also grow within a
+backward pass by what that frees (`refilling.py`): then more blocks are there when the next forward begins.
 
 Backward announces each block too, so its weights are there whether it is recomputed or has kept what it computed. But
 what autograd has saved of a streamed block may be its weights themselves, which are looked up where they are by then,
@@ -33,8 +34,10 @@ from torch.utils.hooks import RemovableHandle
 from wanlora.foundation.errors import MemoryPlanError
 from wanlora.foundation.log import warn_once
 from wanlora.memory.masters import BlockMaster
+from wanlora.memory.measure import is_out_of_memory
 from wanlora.memory.pinned import is_page_locked
 from wanlora.memory.placement import streamed_indexes
+from wanlora.memory.refilling import FreedMemory
 from wanlora.memory.transfers import Mark, Transfers, transfers_for
 
 Check = Callable[[Tensor], None]
@@ -120,6 +123,8 @@ class BlockStream:
         self._in_use: _Slot | None = None
         self._last_index = -1
         self._rising = True
+        self._freed: FreedMemory | None = None
+        self._most, self._may_grow = 0, True
         if 0 < num_streamed <= ring_size:
             warn_once(
                 f"{num_streamed} streamed blocks and a ring of {ring_size} device buffers: this saves no memory; "
@@ -184,6 +189,7 @@ class BlockStream:
         Between passes only. Blocks that are needed soonest stay where they are. The host waits for nothing. Raises
         torch's error if memory does not suffice; the ring has then as many more as it did for.
         """
+        self._freed = None
         count = min(max(count, 1), len(self._masters))
         if count == self.ring_size:
             return
@@ -196,6 +202,33 @@ class BlockStream:
             while len(self._ring) < count:
                 self._ring.append(self._make_slot())
         finally:
+            self._checks = self._make_checks()
+
+    def grow(self, most: int, freed: FreedMemory) -> None:
+        """Let the ring grow up to `most` buffers in the next backward pass, by what is `freed`, until `resize`."""
+        if self._may_grow:
+            self._most, self._freed = min(most, len(self._masters)), freed
+
+    def _take_freed(self, index: int) -> None:
+        """Before the backward of block `index`: make buffers of what has been freed."""
+        if self._freed is None or self.ring_size >= self._most:
+            return
+        if index == len(self.blocks) - 1:
+            self._freed.begin()
+        before = self.ring_size
+        try:
+            while self.ring_size < self._most and self._freed.spare() >= self._slot_bytes:
+                self._ring.append(self._make_slot())
+                self._freed.take(self._slot_bytes)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._freed, self._may_grow = None, False
+            warn_once(
+                "what backward frees is in pieces too small for a swapped block: blocks that stay on the card for "
+                "small batches are copied in their forward, which takes longer"
+            )
+        if self.ring_size > before:
             self._checks = self._make_checks()
 
     def _drop(self, slot: _Slot) -> None:
@@ -240,9 +273,12 @@ class BlockStream:
         self._release()
         self._last_index, self._rising = -1, True
 
+    @property
+    def _slot_bytes(self) -> int:
+        return max(master.num_bytes for master in self._masters.values())
+
     def _make_slot(self) -> _Slot:
-        num_bytes = max(master.num_bytes for master in self._masters.values())
-        slot = _Slot(torch.empty(num_bytes, dtype=torch.uint8, device=self.device))
+        slot = _Slot(torch.empty(self._slot_bytes, dtype=torch.uint8, device=self.device))
         slot.free = self._transfers.mark()  # the memory may still be read by what had it before
         return slot
 
@@ -266,10 +302,12 @@ class BlockStream:
 
     def _after_call(self, index: int, block: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """The block's output, whose backward begins with that block's weights."""
-        announced: Tensor = (
-            _Announced.apply(out, partial(self._prepare, index, turns=True)) if out.requires_grad else out
-        )
+        announced: Tensor = _Announced.apply(out, partial(self._before_backward, index)) if out.requires_grad else out
         return announced
+
+    def _before_backward(self, index: int) -> None:
+        self._take_freed(index)
+        self._prepare(index, turns=True)
 
     def _prepare(self, index: int, *, turns: bool) -> None:
         """Make block `index` ready and queue the copies of those that follow; `turns` is `needed_next`'s."""

@@ -27,6 +27,7 @@ from wanlora.memory.keeping import Keeping
 from wanlora.memory.masters import frozen_tensors
 from wanlora.memory.measure import GIB, MemoryFigures, is_out_of_memory, memory_figures
 from wanlora.memory.outlook import Load
+from wanlora.memory.refilling import FreedMemory
 from wanlora.memory.residency import Residency
 from wanlora.memory.streaming import BlockStream
 from wanlora.quantization.transposed import TransposedWeights
@@ -89,6 +90,8 @@ class MemoryGuard:
         """Copies that are dropped before anything is done that costs more."""
         self.working = Working(bucket="the model")
         self._loads: list[Load] = []
+        self._left = 0
+        """Passes of the step that have not begun."""
         self.figures: MemoryFigures | None = None
         """As they were when memory ran out and nothing was left to be done."""
 
@@ -97,12 +100,18 @@ class MemoryGuard:
         """What was kept in the pass at hand."""
         return self.keeping.kept
 
+    @property
+    def buffers(self) -> int:
+        """Device buffers of streamed blocks in the step at hand, while it needs most memory."""
+        return self.residency.buffers if self.residency else 0
+
     def run(self, passes: Callable[[], Result], drop: Callable[[], None], batches: Sequence[Batch] = ()) -> Result:
         """What `passes` over `batches` returns, which must repeat exactly; `drop` undoes what an attempt that failed
         has left."""
         self._loads, self.retried = [load_of(batch) for batch in batches], False
         while True:
             self._resize()
+            self._left = len(batches)
             try:
                 with self.keeping.step():
                     return passes()
@@ -135,6 +144,9 @@ class MemoryGuard:
         """Around the forward and backward pass of one batch."""
         load = load_of(batch)
         self.working = Working(bucket=bucket_name(batch), names=batch.names, num_tokens=load.tokens * load.batch)
+        self._left -= 1
+        if self._left == 0 and self.residency and self.keeping.meter:
+            self.residency.refill(FreedMemory(self.keeping.meter.allocated))
         with self.keeping.batch(self.working.bucket):
             yield
 

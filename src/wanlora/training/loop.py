@@ -196,7 +196,7 @@ class Trainer:
                         sizes=[Size(item.batch.pixels, len(item.batch.names)) for item in work.share],
                         kept=guard.kept,
                         streamed=len(guard.stream.streamed_indexes) if guard.stream else 0,
-                        buffers=guard.stream.ring_size if guard.stream else 0,
+                        buffers=guard.buffers,
                         retried=guard.retried,
                         transposed=guard.transposed.are_kept,
                     ),

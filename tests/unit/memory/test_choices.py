@@ -90,7 +90,7 @@ def test_sizes_have_the_numbers_with_which_the_data_takes_less_time_than_with_an
         choice = best_swapped(outlook, BATCHES, room, CARDS[card])
         assert choice is not None and choice.by_size.keys() == BATCHES.keys()
         numbers = [choice.by_size[load] for load in sorted(BATCHES, key=lambda load: load.tokens)]
-        assert numbers == sorted(numbers[:3]) + numbers[3:] and numbers[0] <= 2 and choice.number == max(numbers) > 15
+        assert numbers == sorted(numbers[:3]) + numbers[3:] and numbers[0] <= 7 and choice.number == max(numbers) > 15
         chosen = choice.applied(outlook)
         assert fits(chosen, LOADS, room)
         assert not fits(replace(outlook, swapped=choice.fewest - 1), LOADS, room)
@@ -106,16 +106,29 @@ def test_sizes_have_the_numbers_with_which_the_data_takes_less_time_than_with_an
 
 
 def test_what_a_large_size_drives_off_is_copied_again_for_the_next() -> None:
-    small, large = LOADS[1], LARGEST
+    small, large = LOADS[1], LOADS[0]
     outlook = replace(REFERENCE, swapped=38, by_size={small: 0, large: 38})
-    card, half = CARDS["RTX 4090"], {small: 1, large: 1}
-    times = [outlook.seconds(small, card, kept=Kept(40), before=before) for before in (small, large)]
-    there = outlook.seconds(large, card, kept=outlook.most_kept(large, ROOM))
-    assert times[1] > times[0]
-    total = total_seconds(replace(outlook, recompute=True), half, ROOM, card)
-    kept = outlook.most_kept(small, ROOM)
-    expected = sum(outlook.seconds(small, card, kept=kept, before=before) for before in (small, large)) / 2 + there
-    assert total == pytest.approx(expected)
+    card, half = replace(CARD, link=6.0), {small: 1, large: 1}
+    kept = {load: outlook.most_kept(load, ROOM) for load in half}
+    left = {load: outlook.buffers_left(load, kept[load]) for load in half}
+    assert left[small] == 40 and 2 < left[large] < 40  # what backward frees is not enough for all
+    times = {load: outlook.seconds(small, card, kept=kept[small], before=left[load]) for load in half}
+    assert times[large] > times[small]
+    there = outlook.seconds(large, card, kept=kept[large])
+    assert total_seconds(outlook, half, ROOM, card) == pytest.approx(sum(times.values()) / 2 + there)
+
+
+def test_behind_a_backward_that_frees_much_a_small_batch_takes_no_longer() -> None:
+    small, large = LOADS[1], LARGEST
+    outlook = replace(REFERENCE, swapped=10, by_size={small: 0, large: 10})
+    kept = Kept(10, 10)
+    assert outlook.buffers(large) == 2 and outlook.buffers_left(large, kept) == outlook.buffers_left(small, kept) == 12
+    taken = [outlook.seconds(small, CARD, kept=Kept(40), before=before) for before in (12, None)]
+    assert taken[0] == taken[1]
+    alone = replace(outlook, by_size={large: 10})
+    assert alone.buffers_left(large, kept) == 2
+    slow = replace(CARD, link=1.0)  # copies for others come on top of its own
+    assert outlook.seconds(large, slow, kept=kept) > alone.seconds(large, slow, kept=kept)
 
 
 def test_a_size_swaps_no_more_than_is_worth_it_and_sizes_are_alike_where_that_is_as_good() -> None:
@@ -138,7 +151,7 @@ def test_what_waits_on_the_host_for_any_size_is_bounded_by_its_memory_and_previe
     besides = ROOM - sum(replace(REFERENCE, swapped=30).resting().values())
     choice = best_swapped(REFERENCE, BATCHES, ROOM, CARDS["H100"], besides=besides)
     assert choice is not None and choice.by_size and choice.fewest == 30 <= choice.number
-    assert min(choice.by_size.values()) < 10 and fits(choice.applied(REFERENCE), BATCHES, ROOM, besides=besides)
+    assert min(choice.by_size.values()) < 20 and fits(choice.applied(REFERENCE), BATCHES, ROOM, besides=besides)
 
 
 def test_blocks_of_plain_autograd_wait_on_the_host_for_all_sizes_or_none() -> None:
@@ -160,7 +173,7 @@ def test_no_more_are_swapped_than_suffice_where_little_is_gained() -> None:
 
 
 def test_copies_that_no_computation_hides_are_not_worth_it() -> None:
-    choice = best_swapped(REFERENCE, BATCHES, ROOM, replace(CARD, link=1.0))
+    choice = best_swapped(replace(REFERENCE, accumulates=True), BATCHES, ROOM, replace(CARD, link=1.0))
     assert choice is not None and choice.number == choice.fewest
 
 

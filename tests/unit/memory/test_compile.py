@@ -15,6 +15,7 @@ import torch
 
 from tests.fresh import run_fresh
 from tests.unit.memory.wan import ARGUMENTS, adapted_wan, losses_and_gradients, train_step
+from wanlora.foundation.shapes import LatentShape
 from wanlora.memory.checkpointing import Kept, Recompute
 from wanlora.memory.compile import (
     _children,
@@ -65,6 +66,21 @@ def test_one_graph_serves_all_blocks_and_all_lengths() -> None:
 def test_one_graph_serves_texts_of_all_lengths() -> None:
     arguments = [(*ARGUMENTS[:2], [torch.randn(length, 32)]) for length in (5, 40, 200)]
     plain, model, backend = adapted_wan(2, text_len=512), adapted_wan(2, text_len=512), _Backend()
+    compile_blocks(model.blocks, backend=backend, fullgraph=True)
+    assert [train_step(model, one) for one in arguments] == [train_step(plain, one) for one in arguments]
+    assert backend.graphs == 1
+
+
+def test_sizes_that_happen_to_be_alike_are_not_taken_for_the_same() -> None:
+    """The first text has as many rows as the rotary embedding has columns, and the first sample as many tokens."""
+    first = torch.randn(1, 16, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    arguments = [(first, ARGUMENTS[1], [torch.randn(50, 32)]), (*ARGUMENTS[:2], [torch.randn(100, 32)])]
+    plain, model, backend = adapted_wan(2, text_len=512), adapted_wan(2, text_len=512), _Backend()
+    assert (
+        plain.rope.get(LatentShape(4, 8, 8), CPU).shape[1:]
+        == (64, 64)
+        == (64, len(plain.pad_text(arguments[0][2], CPU)[0]))
+    )
     compile_blocks(model.blocks, backend=backend, fullgraph=True)
     assert [train_step(model, one) for one in arguments] == [train_step(plain, one) for one in arguments]
     assert backend.graphs == 1

@@ -8,6 +8,7 @@ import torch
 from tests.unit.memory.wan import adapted_wan
 from wanlora.foundation import log as logs
 from wanlora.memory.outlook import Load
+from wanlora.memory.refilling import FreedMemory
 from wanlora.memory.residency import Residency
 from wanlora.memory.streaming import BlockStream
 
@@ -86,3 +87,21 @@ def test_blocks_that_no_memory_is_there_for_are_swapped_and_that_is_said(
     assert stream.ring_size == 2 and "batches of 10 tokens: they are swapped from now on" in caplog.text
     assert caplog.records[0].levelno == logging.WARNING
     assert not residency.prepare([SMALL]) and residency.prepare([MIDDLE])
+
+
+def test_behind_a_large_batch_the_ring_may_grow_to_that_of_the_smallest() -> None:
+    held = [0]
+    stream = streaming()
+    residency = Residency(stream, {SMALL: 1, LARGE: 4})
+    residency.prepare([LARGE])
+    freed = FreedMemory(lambda: held[0])
+    residency.refill(freed)
+    stream._before_backward(5)
+    held[0] -= 10**9  # the largest piece is left alone
+    stream._before_backward(4)
+    assert stream.ring_size == 2 == residency.buffers
+    held[0] -= 10**9
+    stream._before_backward(3)
+    assert stream.ring_size == 5 and residency.buffers == 2
+    assert not residency.prepare([SMALL]) or residency.buffers == 5
+    assert residency.prepare([LARGE]) and stream.ring_size == 2 == residency.buffers

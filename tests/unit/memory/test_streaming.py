@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.memory.wan import ARGUMENTS, adapted_wan, losses_and_gradients, train_step
+from wanlora.foundation import log as logs
 from wanlora.foundation.errors import MemoryPlanError
 from wanlora.memory.checkpointing import Recompute
 from wanlora.memory.masters import frozen_tensors, lay_out
 from wanlora.memory.placement import streamed_indexes
+from wanlora.memory.refilling import FreedMemory
 from wanlora.memory.streaming import BlockStream, needed_next
 from wanlora.memory.transfers import DirectTransfers
 from wanlora.models.wan.transformer import WanTransformer
@@ -244,6 +246,102 @@ def test_a_ring_that_memory_does_not_suffice_for_works_with_what_it_got(monkeypa
         stream.resize(6)
     assert stream.ring_size == 4
     assert losses_and_gradients(model) == plain
+
+
+class Freed(FreedMemory):
+    """Backward frees room for so many buffers with every block but the last."""
+
+    def __init__(self, each: int, size: int) -> None:
+        super().__init__(lambda: 0)
+        self.each, self.size = each, size
+        self.room = 0
+
+    def begin(self) -> None:
+        self.room = -self.each * self.size
+
+    def spare(self) -> int:
+        self.room += 0 if self.asked else self.each * self.size
+        self.asked = True
+        return self.room
+
+    def take(self, num_bytes: int) -> None:
+        self.room -= num_bytes
+
+    asked = False
+
+
+def growing(stream: BlockStream, each: int, most: int) -> None:
+    """Let the next backward make buffers."""
+    freed = Freed(each, stream._slot_bytes)
+    prepare = stream._before_backward
+
+    def before(index: int) -> None:
+        freed.asked = False
+        prepare(index)
+
+    stream._before_backward = before  # type: ignore[method-assign]
+    stream.grow(most, freed)
+
+
+def test_backward_makes_buffers_of_what_it_frees_and_the_next_forward_finds_its_blocks() -> None:
+    plain = losses_and_gradients(adapted_wan(), steps=4)
+    model, stream = streaming(6)
+    history: list[tuple[int, int]] = []
+
+    def between() -> None:
+        history.append((stream.ring_size, stream.copies))
+        stream.resize(6 if len(history) == 1 else 2)
+        if len(history) == 2:
+            stream.grow(0, Freed(1, 1))  # to less than there is
+
+    growing(stream, 1, 6)
+    assert losses_and_gradients(model, steps=4, between=between) == plain
+    rings, copies = zip(*history, strict=True)
+    assert rings == (6, 6, 2, 2)
+    # Forward copies all. Backward finds 5 and 4 there, copies 3 to 0, and 4 and 5 again for which there are buffers.
+    assert copies[0] == 6 + 6
+    assert copies[1] == copies[0]
+    assert stream.misses == 1
+    checks = [stream.watch(block) for block in model.blocks]
+    assert all(checks)
+
+
+def test_the_ring_grows_no_further_than_it_may_and_not_behind_a_resize() -> None:
+    model, stream = streaming(6)
+    growing(stream, 2, 4)
+    train_step(model)
+    assert stream.ring_size == 4
+    stream.resize(2)
+    train_step(model)
+    assert stream.ring_size == 2
+
+
+def test_what_autograd_saves_is_watched_in_buffers_that_backward_has_made() -> None:
+    model, stream = streaming(6)
+    growing(stream, 1, 6)
+    train_step(model)
+    made = {slot.buffer.untyped_storage().data_ptr() for slot in stream._ring[2:]}
+    blocks = [block for block in model.blocks if frozen_tensors(block)[0].untyped_storage().data_ptr() in made]
+    weight, check = frozen_tensors(blocks[0])[0], stream.watch(blocks[0])
+    assert check is not None
+    with pytest.raises(MemoryPlanError, match="view"):
+        check(weight.view(-1))
+
+
+def test_freed_memory_in_pieces_too_small_is_said_once_and_changes_no_number(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logs.log, "propagate", True)
+    plain = losses_and_gradients(adapted_wan())
+    model, stream = streaming(6)
+
+    def run_out() -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(stream, "_make_slot", run_out)
+    growing(stream, 1, 6)
+    assert losses_and_gradients(model, between=lambda: stream.grow(6, Freed(1, 1))) == plain
+    assert stream.ring_size == 2 and caplog.text.count("in pieces too small for a swapped block") == 1
 
 
 def test_a_stream_without_blocks_does_nothing() -> None:

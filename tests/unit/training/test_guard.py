@@ -208,6 +208,44 @@ def test_what_a_pass_needs_is_measured_from_where_the_ring_has_been_resized() ->
     assert seen == [("take_highest", 4), ("allocated", 4), ("allocated", 4)]
 
 
+class FallingMeter:
+    """Tensors hold less each time that it is asked."""
+
+    def __init__(self) -> None:
+        self.held = 2**50
+
+    def allocated(self) -> int:
+        self.held -= 2**30
+        return self.held
+
+    def reset(self) -> None:
+        pass
+
+    def peak(self) -> int:
+        return self.held
+
+    def take_highest(self) -> int:
+        return self.held
+
+    def retries(self) -> int:
+        return 0
+
+    def free(self) -> int:
+        return 2**50
+
+
+def test_the_last_backward_of_a_step_makes_buffers_for_the_next_and_earlier_ones_none() -> None:
+    card = Card(capacity=99, num_streamed=4, everything=False, by_size={load_of(BATCH): 2, OTHER: 0})
+    card.keeping.meter, card.keeping.limit = FallingMeter(), 2**51
+    rings: list[int] = []
+    card.model.register_forward_pre_hook(lambda model, args: rings.append(card.stream.ring_size))
+    assert card.step([BATCH, BATCH]) == undisturbed()
+    assert rings == [2, 2] and card.stream.ring_size == 4 and card.guard.buffers == 2
+    drop(card.model)
+    assert card.step([BATCH, BATCH]) == undisturbed()
+    assert rings == [2, 2] * 2
+
+
 def test_an_error_that_nothing_helps_against_passes_through_with_the_figures() -> None:
     card = Card(capacity=-1)
     with pytest.raises(torch.OutOfMemoryError, match=r"2\.00 GiB"):
