@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from wanlora.lora.layers import LoRALinear
 from wanlora.memory.checkpointing import Kept, Recompute
-from wanlora.memory.compile import compile_blocks, missing_compiler
+from wanlora.memory.compile import compile_blocks, missing_compiler, missing_cpp_compiler
 from wanlora.memory.keeping import Keeping
 from wanlora.memory.limit import limit_card
 from wanlora.memory.measure import GIB, CudaMeter, is_out_of_memory, memory_figures
@@ -386,9 +386,10 @@ def test_running_out_of_memory_is_recognised() -> None:
 KEPT = (Kept(), Kept(4), Kept(2, attention=2), Kept(4, everything=True), Kept(0, attention=3))
 
 
-@pytest.mark.parametrize("num_streamed", [0, 4])
-def test_compiled_blocks_agree_with_plain_ones_streamed_or_not_whatever_they_keep(num_streamed: int) -> None:
+@pytest.mark.parametrize(("num_streamed", "cpp"), [(0, False), (4, False), (4, True)])
+def test_compiled_blocks_agree_with_plain_ones_streamed_or_not_whatever_they_keep(num_streamed: int, cpp: bool) -> None:
     assert missing_compiler(CARD) is None
+    cpp = cpp and missing_cpp_compiler(CARD) is None
     sizes = WanSizes(
         dim=256, ffn_dim=512, num_layers=4, in_channels=16, out_channels=16, text_dim=64, freq_dim=64, text_len=32
     )
@@ -418,7 +419,7 @@ def test_compiled_blocks_agree_with_plain_ones_streamed_or_not_whatever_they_kee
     stream.attach()
     for part in (model.patch_embedding, model.text_embedding, model.time_embedding, model.time_projection, model.head):
         part.to(CARD)
-    compile_blocks(blocks, fullgraph=True)
+    compile_blocks(blocks, fullgraph=True, cpp_wrapper=cpp)
     model.run_block = runner = Recompute(blocks, stream=stream)
     assert len(runner.optional) == len(blocks)
     for kept in KEPT:

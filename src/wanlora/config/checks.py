@@ -256,5 +256,8 @@ def _memory(config: TrainConfig, given: Given, problems: Problems) -> None:
         without = ("gradient_checkpointing_cpu_offload", "activation_memory")
         _without_effect(given, without, "without --gradient_checkpointing")
     if memory.compile is False:
-        options = ("backend", "mode", "dynamic", "fullgraph", "cache_size_limit")
+        options = ("backend", "mode", "cpp_wrapper", "dynamic", "fullgraph", "cache_size_limit")
         _without_effect(given, [f"compile_{option}" for option in options], "with --no_compile")
+    elif memory.compile_backend != "inductor":
+        other = f"with --compile_backend {memory.compile_backend}: only inductor writes code in C++"
+        _without_effect(given, ("compile_cpp_wrapper",), other)

@@ -294,6 +294,9 @@ class MemoryConfig(Checked):
     """Backend of torch.compile."""
     compile_mode: str = "default"
     """Mode of torch.compile, or tuned: try more shapes of kernels, a minute at the first start, for faster steps."""
+    compile_cpp_wrapper: bool = False
+    """Queue the kernels of compiled blocks by C++ instead of Python: less work for the host, a minute or two more to
+    compile at the first start. Needs a C++ compiler and, on a GPU, the CUDA toolkit."""
     compile_dynamic: Literal["true", "false", "auto"] | None = None
     """Whether one graph serves all sizes. Default: true for the number of tokens."""
     compile_fullgraph: bool = False

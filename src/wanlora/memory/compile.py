@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -34,10 +34,15 @@ TUNED = "tuned"
 """A mode of ours: the compiler tries more shapes of each kernel of its own, of products none."""
 TUNING = (TUNED, "max-autotune", "max-autotune-no-cudagraphs")
 """Modes that take the fastest of several kernels, which may add up in another order."""
+OWN_GRAPHS = ("max-autotune", "reduce-overhead")
+"""Modes in which torch replays CUDA graphs of single blocks."""
 _TRACER, _COMPILER = "torch._dynamo", "torch._inductor.compile_fx"
 _OPTIMIZERS_OWN = (Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict)
 _RECOMPUTING = ("checkpoint", "_run_fn_with_dynamo_disabled")
 _C_COMPILERS = ("cc", "gcc", "clang", "cl")
+_CPP_COMPILERS = {"win32": "cl", "darwin": "clang++"}
+"""What torch calls, unless the environment names another in CXX; elsewhere g++."""
+_CUDA_HEADER = "cuda_runtime_api.h"
 _TRITON_CAPABILITY = (7, 0)
 _GRAPHS = 32
 """So many graphs of the blocks are kept unless the user says otherwise."""
@@ -111,10 +116,12 @@ def compile_blocks(
     dynamic: bool | None = True,
     fullgraph: bool = False,
     cache_size_limit: int | None = None,
+    cpp_wrapper: bool = False,
 ) -> None:
     """Compile the forward of each block in place; the work happens at the first call.
 
-    The options are those of `torch.compile`; `cache_size_limit` is how many variants of a graph are kept.
+    The options are those of `torch.compile`; `cache_size_limit` is how many variants of a graph are kept. With
+    `cpp_wrapper` kernels are queued by C++ instead of Python, if the backend is torch's own compiler.
     """
     # A norm's epsilon is a number like others to the compiler, until it has traced a block and begins again without.
     torch._dynamo.config.specialize_float = True
@@ -131,7 +138,9 @@ def compile_blocks(
         kind = type(block)
         if kind not in compiled:
             compile_with = partial(torch.compile, kind.forward, dynamic=dynamic)
-            compiled[kind] = CompiledForward(compile_with, backend=backend, mode=mode, one_graph=fullgraph)
+            compiled[kind] = CompiledForward(
+                compile_with, backend=backend, mode=mode, one_graph=fullgraph, cpp_wrapper=cpp_wrapper
+            )
         block.forward = MethodType(compiled[kind], block)
 
 
@@ -153,11 +162,13 @@ class CompiledForward:
         backend: str | Callable[..., Any],
         mode: str | None,
         one_graph: bool = False,
+        cpp_wrapper: bool = False,
     ) -> None:
         self.compile_with = compile_with
         self.backend = backend
         self.mode = mode
         self.one_graph = one_graph
+        self.cpp_wrapper = cpp_wrapper
         self.in_pieces = False
         self._graphs: dict[Save, Callable[..., Any]] = {}
 
@@ -181,7 +192,7 @@ class CompiledForward:
         if save not in self._graphs:
             compile_with = partial(self.compile_with, fullgraph=not self.in_pieces)
             self._graphs[save] = (
-                compile_with(backend=saving_backend(save, self.mode))
+                compile_with(backend=saving_backend(save, self.mode, cpp_wrapper=self.cpp_wrapper))
                 if self.chooses
                 else compile_with(backend=self.backend, mode=self.mode)
             )
@@ -215,7 +226,20 @@ def mode_options(mode: str | None) -> dict[str, Any]:
     return list_mode_options(mode) if mode else {}
 
 
-def saving_backend(save: Save, mode: str | None) -> Callable[..., Any]:
+def cpp_wrapper_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What torch's own compiler must be told, beside `options`, to write the code that queues kernels in C++.
+
+    It settles the rest itself only while forward is compiled. Backward of a graph with variable sizes is compiled when
+    it is first needed, and torch 2.11 would then look for kernels that were not kept.
+    """
+    from torch._inductor import config
+    from torch._inductor.compile_fx import get_cpp_wrapper_config
+
+    with config.patch(dict(options)):
+        return {"cpp_wrapper": True, **get_cpp_wrapper_config()}
+
+
+def saving_backend(save: Save, mode: str | None, *, cpp_wrapper: bool = False) -> Callable[..., Any]:
     """A backend for `torch.compile` that cuts graphs as `save` says; `mode`: see `mode_options`."""
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -225,6 +249,7 @@ def saving_backend(save: Save, mode: str | None) -> Callable[..., Any]:
         from wanlora.memory.marking import Marking
 
         options = {"realize_reads_threshold": _READS, **mode_options(mode), "joint_custom_post_pass": Marking(save)}
+        options |= cpp_wrapper_options(options) if cpp_wrapper else {}
         with partitioning.patch(aggressive_recomputation=save != "everything"):
             return compile_fx(graph, inputs, config_patches=options)
 
@@ -259,4 +284,27 @@ def missing_compiler(device: torch.device) -> str | None:
         return "there is no C compiler"
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         return "Python's C headers are not installed (on Debian: python3-dev)"
+    return None
+
+
+def missing_cpp_compiler(device: torch.device) -> str | None:
+    """Why code that queues kernels on `device` cannot be C++ on this machine, as half a sentence; None if it can.
+
+    For cards it includes CUDA's headers, which PyTorch's packages do not bring where the compiler looks for them.
+    """
+    name = os.environ.get("CXX", _CPP_COMPILERS.get(sys.platform, "g++"))
+    if shutil.which(name) is None:
+        return f"there is no C++ compiler ({name or 'CXX is empty'})"
+    if device.type != "cuda":
+        return None
+    try:
+        from torch.utils.cpp_extension import include_paths
+
+        folders = [*include_paths("cuda"), "/usr/include"]
+    except ImportError:
+        return "the package setuptools is not installed"
+    except OSError:
+        folders = []
+    if not any((Path(folder) / _CUDA_HEADER).is_file() for folder in folders):
+        return "CUDA's headers are not installed (install the CUDA toolkit, or name its folder in CUDA_HOME)"
     return None

@@ -27,7 +27,13 @@ from wanlora.lora.merge import MergedLoRAs
 from wanlora.lora.network import LoRANetwork, inject
 from wanlora.lora.targets import candidates
 from wanlora.memory.checkpointing import Recompute
-from wanlora.memory.compile import compile_blocks, does_without_compiler, importing_compiler, missing_compiler
+from wanlora.memory.compile import (
+    compile_blocks,
+    does_without_compiler,
+    importing_compiler,
+    missing_compiler,
+    missing_cpp_compiler,
+)
 from wanlora.memory.footprint import BlockMaths, attention_per_token
 from wanlora.memory.keeping import Keeping
 from wanlora.memory.limit import CardLimit
@@ -95,7 +101,7 @@ def build_trainee(
         )
         stream.attach()
     if compiles:
-        _compile(config.memory, model)
+        _compile(config.memory, model, device)
     model.run_block = recompute = _runner(config.memory, model, stream)
     recompute.keep = keeping = choose_keeping(config.memory, recompute, device, card, _attention_bytes(model))
     model.train()
@@ -119,13 +125,29 @@ def num_streamed(config: MemoryConfig, device: torch.device, num_blocks: int) ->
 
 def wants_compile(config: MemoryConfig, device: torch.device) -> bool:
     """Whether blocks are compiled: as asked, otherwise on CUDA where a compiler exists."""
-    if config.compile is False or (config.compile is None and device.type != "cuda"):
+    if config.compile is False:
+        return False
+    if config.compile is None and device.type != "cuda":
+        if config.compile_cpp_wrapper:
+            say_once("--compile_cpp_wrapper changes nothing: on a CPU blocks are compiled only with --compile")
         return False
     missing = missing_compiler(device) if config.compile_backend == "inductor" else None
     if missing is not None:
         say_once(f"blocks are not compiled, which costs speed: {missing}")
         return False
     return True
+
+
+def wants_cpp_wrapper(config: MemoryConfig, device: torch.device) -> bool:
+    """Whether compiled blocks queue their kernels by C++: as asked, where such code can be compiled."""
+    if not config.compile_cpp_wrapper or config.compile_backend != "inductor":
+        return False
+    missing = missing_cpp_compiler(device)
+    if missing is not None:
+        say_once(
+            f"--compile_cpp_wrapper: {missing}; kernels are queued by Python, which takes the host about a third longer"
+        )
+    return missing is None
 
 
 def fp8_weights(config: MemoryConfig, device: torch.device) -> Mode | None:
@@ -314,7 +336,7 @@ def choose_keeping(
     )
 
 
-def _compile(config: MemoryConfig, model: WanTransformer) -> None:
+def _compile(config: MemoryConfig, model: WanTransformer, device: torch.device) -> None:
     dynamic = {"true": True, "false": False, "auto": None}[config.compile_dynamic or "true"]
     compile_blocks(
         model.blocks,
@@ -323,4 +345,5 @@ def _compile(config: MemoryConfig, model: WanTransformer) -> None:
         dynamic=dynamic,
         fullgraph=config.compile_fullgraph,
         cache_size_limit=config.compile_cache_size_limit,
+        cpp_wrapper=wants_cpp_wrapper(config, device),
     )

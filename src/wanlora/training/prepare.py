@@ -27,7 +27,7 @@ from wanlora.foundation.laps import start
 from wanlora.foundation.log import log, say_once
 from wanlora.foundation.tensor_files import open_tensors
 from wanlora.generation.requests import PreviewRequest, resolve_all
-from wanlora.memory.compile import TUNED, TUNING
+from wanlora.memory.compile import OWN_GRAPHS, TUNED, TUNING
 from wanlora.memory.outlook import Load
 from wanlora.memory.placement import streamed_indexes
 from wanlora.models.attention import require_dtype, require_kernel
@@ -205,6 +205,11 @@ def _check_compilation(config: MemoryConfig, run: RunConfig) -> None:
         raise ConfigError(
             f"--compile_mode {config.compile_mode} chooses kernels by their time, which is another in every run, and "
             "--deterministic wants the same numbers; leave one of them out"
+        )
+    if config.compile is not False and config.compile_cpp_wrapper and config.compile_mode in OWN_GRAPHS:
+        raise ConfigError(
+            f"--compile_mode {config.compile_mode} replays CUDA graphs, which torch's compiler does not do with "
+            "--compile_cpp_wrapper; leave one of them out"
         )
     if config.compile is False or chosen in (("inductor", "default"), ("inductor", TUNED)):
         return

@@ -18,7 +18,7 @@ _HARMLESS = {
     *("split_attn", "ddp_gradient_as_bucket_view", "ddp_static_graph", "block_swap_ring_size", "blocks_to_swap"),
     *("use_pinned_memory_for_block_swap", "block_swap_h2d_only"),
     *("activation_memory", "vram_reserve", "vram_limit", "on_oom", "trial_step", "cuda_graphs"),
-    *("fp8_fast_transposed", "vae_tiling"),
+    *("fp8_fast_transposed", "vae_tiling", "compile_cpp_wrapper"),
 }
 
 

@@ -100,6 +100,11 @@ def test_contradictions_are_refused(words: str, message: str) -> None:
         ),
         ("--fp8_fast_transposed off", "--fp8_fast_transposed changes nothing without --fp8_fast"),
         ("--no_compile --compile_mode x", "--compile_mode changes nothing with --no_compile"),
+        ("--no_compile --compile_cpp_wrapper", "--compile_cpp_wrapper changes nothing with --no_compile"),
+        (
+            "--compile_backend eager --compile_cpp_wrapper",
+            "--compile_cpp_wrapper changes nothing with --compile_backend eager: only inductor writes code in C++",
+        ),
         ("--preserve_distribution_shape", "--preserve_distribution_shape changes nothing without --min_timestep or "),
     ],
 )

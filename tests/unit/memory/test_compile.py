@@ -7,11 +7,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from tests.fresh import run_fresh
 from tests.unit.memory.wan import ARGUMENTS, adapted_wan, losses_and_gradients, train_step
@@ -24,8 +27,11 @@ from wanlora.memory.compile import (
     importing_compiler,
     is_compiled,
     missing_compiler,
+    missing_cpp_compiler,
     restore_blocks,
+    saving_backend,
 )
+from wanlora.memory.saving import Save
 from wanlora.memory.streaming import BlockStream
 from wanlora.models.wan.blocks import WanSelfAttention
 
@@ -183,6 +189,92 @@ def test_a_machine_without_a_c_compiler_is_told_from_one_with(monkeypatch: pytes
 def test_a_card_needs_triton_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "triton" in (missing_compiler(torch.device("cuda")) or "")
+
+
+class _SmallBlock(nn.Module):
+    """Products, attention, and something between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(16, 4, bias=False), nn.Linear(4, 16, bias=False)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        q_BNLK = self.up(self.down(x_BLD)).sin().unflatten(-1, (2, 8)).transpose(1, 2)
+        return x_BLD + F.scaled_dot_product_attention(q_BNLK, q_BNLK, q_BNLK).transpose(1, 2).flatten(2)
+
+
+def test_cpp_that_queues_kernels_gives_the_same_numbers_for_both_ways_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of both ways are C++, and each is cut as it says."""
+    from torch._inductor.graph import GraphLowering
+
+    written: list[str] = []
+    monkeypatch.setattr(GraphLowering, "save_output_code", written.append)
+    plain, block = _SmallBlock(), _SmallBlock()
+    block.load_state_dict(plain.state_dict())
+    compile_blocks([block], fullgraph=True, cpp_wrapper=True)
+    saved: dict[Save, list[torch.Size]] = {"products": [], "attention": []}
+    for save, shapes in saved.items():
+
+        def keep(tensor: Tensor, shapes: list[torch.Size] = shapes) -> Tensor:
+            shapes.append(tensor.shape)
+            return tensor
+
+        for length in (5, 9):
+            x_BLD = torch.randn(1, length, 16)
+            expected = _output_and_gradients(plain, plain(x_BLD))
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                output = block(x_BLD, save=save)
+            torch.testing.assert_close(_output_and_gradients(block, output), expected)
+    products = {torch.Size((length, width)) for length in (5, 9) for width in (4, 16)}
+    assert products < set(saved["products"]) and set(saved["products"]) - products == set(saved["attention"])
+    assert 2 * 2 == len(written) == sum("inductor_entry_impl" in code for code in written)
+
+
+def _output_and_gradients(block: nn.Module, output: Tensor) -> list[Tensor]:
+    return [output.detach(), *torch.autograd.grad(output.square().mean(), [*block.parameters()])]
+
+
+@pytest.mark.parametrize("mode", ["default", "tuned"])
+def test_cpp_is_an_option_of_the_compiler_that_holds_for_backward_too(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backward is compiled when what `compile_fx` sets for forward is over; kernels that C++ loads must be kept."""
+    handed: list[dict[str, Any]] = []
+
+    def compile_fx(graph: object, inputs: object, config_patches: dict[str, Any]) -> None:
+        handed.append(config_patches)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    graph = torch.fx.GraphModule(nn.Module(), torch.fx.Graph())
+    saving_backend("products", mode)(graph, [])
+    saving_backend("products", mode, cpp_wrapper=True)(graph, [])
+    python, cpp = handed
+    assert "cpp_wrapper" not in python and cpp["cpp_wrapper"] and cpp["triton.store_cubin"]
+    assert python.keys() < cpp.keys()
+    with torch._inductor.config.patch(cpp):
+        assert torch._inductor.config.triton.store_cubin
+
+
+def test_a_machine_that_cannot_compile_cpp_is_told_from_one_that_can(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    card, there = torch.device("cuda"), "/usr/bin/other"
+    monkeypatch.setattr(shutil, "which", lambda name: there if name == "other" else None)
+    monkeypatch.setenv("CXX", "g++-0")
+    assert missing_cpp_compiler(CPU) == "there is no C++ compiler (g++-0)"
+    monkeypatch.setenv("CXX", "other")
+    assert missing_cpp_compiler(CPU) is None
+    monkeypatch.setattr("torch.utils.cpp_extension.include_paths", lambda device: [str(tmp_path)])
+    monkeypatch.setattr("wanlora.memory.compile._CUDA_HEADER", "of_cuda.h")
+    assert "CUDA's headers" in (missing_cpp_compiler(card) or "")
+    (tmp_path / "of_cuda.h").touch()
+    assert missing_cpp_compiler(card) is None
+
+    def nowhere(device: str) -> list[str]:
+        raise OSError("CUDA_HOME is not set")
+
+    monkeypatch.setattr("torch.utils.cpp_extension.include_paths", nowhere)
+    assert "CUDA's headers" in (missing_cpp_compiler(card) or "")
 
 
 def test_the_compiler_is_imported_by_another_thread_and_is_there_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:

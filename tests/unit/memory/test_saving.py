@@ -29,7 +29,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Save]:
     torch._dynamo.reset()
     seen: list[Save] = []
 
-    def backend(save: Save, mode: str | None) -> object:
+    def backend(save: Save, mode: str | None, *, cpp_wrapper: bool) -> object:
         seen.append(save)
         return cutting_backend(save)
 

@@ -52,7 +52,7 @@ def test_compiled_blocks_stay_within_a_thousandth_whatever_they_save(
     num_streamed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(compiling, "saving_backend", lambda save, mode: cutting_backend(save))
+    monkeypatch.setattr(compiling, "saving_backend", lambda save, mode, **_: cutting_backend(save))
     model = adapted_wan(4)
     stream = BlockStream(list(model.blocks), num_streamed, CPU)
     stream.attach()

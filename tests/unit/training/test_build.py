@@ -36,6 +36,7 @@ from wanlora.training.build import (
     num_streamed,
     residual_dtype,
     wants_compile,
+    wants_cpp_wrapper,
 )
 from wanlora.training.plan import Target, make_outlook
 
@@ -160,6 +161,53 @@ def test_compiling_is_the_default_only_on_cuda_with_a_compiler(monkeypatch: pyte
     monkeypatch.setattr("wanlora.training.build.missing_compiler", lambda device: "there is no C compiler")
     assert not wants_compile(MemoryConfig(compile=True), cuda)
     assert wants_compile(MemoryConfig(compile=True, compile_backend="eager"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("options", "missing", "wanted", "message"),
+    [
+        ({}, None, False, None),
+        ({"compile_cpp_wrapper": True}, None, True, None),
+        ({"compile_cpp_wrapper": True, "compile_backend": "eager"}, "no compiler", False, None),
+        ({"compile_cpp_wrapper": True}, "no compiler", False, "no compiler; kernels are queued by Python"),
+    ],
+)
+def test_kernels_are_queued_by_cpp_where_that_is_asked_for_and_can_be_compiled(
+    options: dict[str, Any],
+    missing: str | None,
+    wanted: bool,
+    message: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.INFO, logger="wanlora")
+    monkeypatch.setattr("wanlora.foundation.log._said", set())
+    monkeypatch.setattr("wanlora.training.build.missing_cpp_compiler", lambda device: missing)
+    assert wants_cpp_wrapper(MemoryConfig(**options), CPU) == wanted
+    assert len(caplog.messages) == (message is not None)
+    assert message is None or message in caplog.text
+
+
+@pytest.mark.parametrize("flags", [[], ["--compile_cpp_wrapper"]])
+def test_the_compiled_blocks_are_told_who_queues_their_kernels(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    monkeypatch.setattr("wanlora.training.build.missing_cpp_compiler", lambda device: None)
+    forward: Any = build(checked, "--compile", *flags).model.blocks[0].forward
+    assert forward.__func__.cpp_wrapper == bool(flags)
+
+
+def test_queueing_by_cpp_without_compiling_on_a_cpu_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.INFO, logger="wanlora")
+    monkeypatch.setattr("wanlora.foundation.log._said", set())
+    assert not wants_compile(MemoryConfig(compile_cpp_wrapper=True), CPU)
+    assert caplog.messages == [
+        "--compile_cpp_wrapper changes nothing: on a CPU blocks are compiled only with --compile"
+    ]
 
 
 @pytest.mark.parametrize(

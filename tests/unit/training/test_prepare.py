@@ -56,6 +56,10 @@ def test_a_schedulers_arguments_are_its_own(checked: Checked, name: str) -> None
             ["--compile", "--compile_mode", "tuned", "--deterministic"],
             "--compile_mode tuned chooses kernels by their time",
         ),
+        (
+            ["--compile", "--compile_mode", "reduce-overhead", "--compile_cpp_wrapper"],
+            "--compile_mode reduce-overhead replays CUDA graphs, which torch's compiler does not do with",
+        ),
         (["--no_sdpa", "--flash_attn"], "use --mixed_precision bf16"),
         (["--fp8_scaled", "--fp8_fast"], "--fp8_fast gives results in bfloat16, the model runs in float32"),
         (["--optimizer_type", "AdamW", "--optimizer_args", "betas=2"], "refuses its arguments"),
