@@ -8,6 +8,7 @@ _ALL = "--activation_memory off"
 _AWAY = "--gradient_checkpointing_cpu_offload"
 _AUTO = f"{_KEEP} --blocks_to_swap auto"
 _NARROW = "--residual_dtype bfloat16"
+_QUEUED = "--compile_cpp_wrapper"
 _GRAPHS = f"{_KEEP} --cuda_graphs auto"
 SETTINGS: dict[str, Setting] = {
     setting.name: setting
@@ -49,6 +50,13 @@ SETTINGS: dict[str, Setting] = {
         Setting(name="tuned-fp8-fast-bf16-residual", extra=f"{_GRAPHS} --fp8_fast {_NARROW} --compile_mode tuned"),
         Setting(name="auto-cap-24-bf16-residual", extra=f"{_AUTO} --vram_limit 24 {_NARROW}"),
         Setting(name="auto-fp8-fast-cap-24-bf16-residual", extra=f"{_AUTO} --fp8_fast --vram_limit 24 {_NARROW}"),
+        Setting(
+            name="queued-fp8-fast-cap-24-bf16-residual", extra=f"{_AUTO} --fp8_fast --vram_limit 24 {_NARROW} {_QUEUED}"
+        ),
+        Setting(
+            name="queued-tuned-fp8-fast-cap-24-bf16-residual",
+            extra=f"{_AUTO} --fp8_fast --vram_limit 24 {_NARROW} {_QUEUED} --compile_mode tuned",
+        ),
         Setting(name="peer-compile", peer="compile"),
         Setting(name="peer-eager", peer="eager"),
     )

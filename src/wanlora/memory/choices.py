@@ -79,9 +79,9 @@ def _seconds(outlook: Outlook, batches: Batches, kept: Mapping[Load, Kept], card
         left[outlook.buffers_left(load, kept[load])] += count
     taken = 0.0
     for load, count in batches.items():
-        found, own = Counter[int](), outlook.buffers(load)
+        found = Counter[int]()
         for buffers, times in left.items():
-            found[min(own, buffers)] += times
+            found[outlook.buffers_found(load, kept[load], buffers)] += times
         taken += sum(
             count * times / all_batches * outlook.seconds(load, card, kept=kept[load], before=buffers)
             for buffers, times in found.items()

@@ -19,13 +19,13 @@ current stream and being waited for by it. `use_mem_pool` routes what one thread
 calling thread. Until the first graph is recorded there is no pool, and passes run as if this module did not exist.
 """
 
-import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
+from wanlora.foundation.garbage import return_memory
 from wanlora.memory.marks import CardMarks
 
 Work = Callable[[], None]
@@ -85,8 +85,7 @@ class CardGraphs(CardMarks):
         for graph in graphs:
             graph.reset()
         self._pool = None
-        gc.collect()
-        torch.cuda.empty_cache()
+        return_memory(self.device)
 
     def _taken_outside(self) -> int:
         """Bytes of the card that all programs have taken, but for this one's allocator."""

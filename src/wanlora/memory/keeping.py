@@ -41,7 +41,11 @@ from wanlora.memory.mixing import time_spared
 
 _AFTER_FAILURE = 0.95
 """Memory that ran out at some peak is taken to hold this part of it from then on."""
-_AFTER_RETRY = 0.98
+_AFTER_RETRIES = 0.98
+"""The same where the allocator had to rearrange memory in pass after pass."""
+_RETRIES = 4
+"""So many in a row. One takes a twentieth of a pass, which is less than what the blocks spare that lower limits drop;
+it is usual where sizes follow one another, whose pieces of memory are others."""
 _FIRST_ON_THE_LINE = 2
 """From so many kept blocks on, what a pass needs grows in a line: before, recomputing one block needs as much."""
 _BEGINNING = 4
@@ -228,6 +232,8 @@ class Keeping:
         self.ample = ample
         self._everything_below: float = float("inf") if everything else 0
         """Inputs of this many bytes have run out of memory with everything kept."""
+        self._retries = 0
+        """Passes in a row in which the allocator rearranged memory."""
         self._sizes: dict[tuple[int, ...], _Size] = {}
         self._active: _Size | None = None
         self._watching = False
@@ -252,10 +258,16 @@ class Keeping:
         size = self._active
         return Kept(size.kept, size.attention_beside(size.kept), size.everything)
 
+    @property
+    def need(self) -> int | None:
+        """Bytes that the last pass needed beyond what was there before it, if it was measured."""
+        return self._active.need if self._active else None
+
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around all passes of a step; what is allocated before the first of them stays whatever is kept."""
-        self._baseline = self.meter.allocated() if self.meter else 0
+    def step(self, *, passing: int = 0) -> Iterator[None]:
+        """Around all passes of a step; what is allocated before the first of them stays whatever is kept, but for
+        `passing` bytes that forward gives back."""
+        self._baseline = self.meter.allocated() - passing if self.meter else 0
         yield
 
     @contextmanager
@@ -332,8 +344,10 @@ class Keeping:
         peak = self.meter.peak()
         size.need = peak - self._baseline
         size.passes += 1
-        if retried and size.kept:
-            self.limit = max(int(_AFTER_RETRY * self.limit), int(_LOWEST * self._first_limit))
+        self._retries = self._retries + 1 if retried and size.kept else 0
+        if self._retries == _RETRIES:
+            self._retries = 0
+            self.limit = max(int(_AFTER_RETRIES * self.limit), int(_LOWEST * self._first_limit))
         kept = self.kept
         if size.passes == 2 and self._said.get(label) != kept:
             self._said[label] = kept

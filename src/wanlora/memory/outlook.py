@@ -22,6 +22,7 @@ from wanlora.memory.footprint import (
 )
 from wanlora.memory.keeping import MOST_OF_EVERYTHING
 from wanlora.memory.mixing import time_spared
+from wanlora.memory.refilling import passing_bytes
 from wanlora.memory.resting import WeightFormats, block_weights, outer_weights, transposed_weights
 from wanlora.memory.work import Saved, block_work
 
@@ -199,17 +200,24 @@ class Outlook:
         freed = sum(count * size for count, size in pieces) - max((size for count, size in pieces if count), default=0)
         return min(most, own + freed // block_weights(self.maths.sizes, self.formats))
 
+    def buffers_found(self, load: Load, kept: Kept, before: int) -> int:
+        """Of `before` device buffers that the step before has left, those in which such a step finds blocks: as many as
+        its own, and those that its forward gives back."""
+        passing = passing_bytes(self._peak(load, kept)) // block_weights(self.maths.sizes, self.formats)
+        return min(self.buffers(load) + passing, before)
+
     def seconds(self, load: Load, card: Card, *, kept: Kept, before: int | None = None) -> float:
         """About how long such a step takes, if the step before has left `before` buffers (default: as one like this).
 
         Copies run beside the computation, but not for longer than it: a block that is streamed has to be there before
         it is computed, and its buffer is free for the next one only afterwards. So the longer of both counts, in
         forward and in backward, for blocks that are computed again and for those that are not. Forward copies what it
-        finds missing: what does not fit now, or did not at the end of the step before. Backward makes buffers as it
-        goes; blocks that were driven off before there were as many buffers as blocks left to go are copied again.
+        finds missing: what did not fit at the end of the step before, or does not in the beginning. Backward makes
+        buffers as it goes; blocks that were driven off before there were as many buffers as blocks left to go are
+        copied again.
         """
         streamed, own, left = self.streamed, self.buffers(load), self.buffers_left(load, kept)
-        there = streamed - min(own, left if before is None else before)
+        there = streamed - self.buffers_found(load, kept, left if before is None else before)
         again = left - streamed * left // (streamed + left - own) if left > own else 0
         back = streamed - own + again
         kinds: dict[Saved, int] = {

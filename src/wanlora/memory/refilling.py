@@ -1,4 +1,8 @@
-"""How much of what a backward pass has freed can be used for something that stays.
+"""How much memory forward does not want yet, and how much backward does not want again.
+
+What blocks keep for backward comes to be block by block, up to nearly all that a step needs beside what was there
+before; the rest is what a block at work takes. So in the beginning most of it is free for something that goes as evenly
+while forward climbs: if it fits then, it fits all the way.
 
 Backward frees what blocks have kept, block by block from the top down, and takes memory to compute each. Let A be what
 tensors held when it began. What it took for the first block beyond A is known to fit; another block may take more only
@@ -7,6 +11,15 @@ is seen when it is freed. So of what has been freed since the beginning all but 
 """
 
 from collections.abc import Callable
+
+_PASSING = 0.6
+"""The part of what a step needs that is surely kept for backward."""
+
+
+def passing_bytes(need: int) -> int:
+    """Bytes that may stay until the forward of a step has given them back on its way; the step needs `need` bytes
+    beside what was there before it."""
+    return int(_PASSING * need)
 
 
 class FreedMemory:

@@ -10,7 +10,8 @@ from the top down, so the ring keeps its contents at the turn and starts the way
 next step's forward begins. Without gradients (previews, validation) forward follows forward. A wrong guess costs a
 copy and never a wrong result. With S streamed blocks and a ring of R, a training step makes 2 (S - R) copies; with a
 ring for all of them none, so the ring may grow and shrink from step to step (`residency.py`). It may also grow within a
-backward pass by what that frees (`refilling.py`): then more blocks are there when the next forward begins.
+backward pass by what that frees (`refilling.py`), so that more blocks are there when the next forward begins, and
+shrink within that forward, block by block, while what backward needs comes to be.
 
 Backward announces each block too, so its weights are there whether it is recomputed or has kept what it computed. But
 what autograd has saved of a streamed block may be its weights themselves, which are looked up where they are by then,
@@ -120,6 +121,11 @@ class BlockStream:
         self._ring: list[_Slot] = []
         self._hooks: list[RemovableHandle] = []
         self._checks: dict[int, Check] = {}
+        self._memory: set[int] = set()
+        """Where the buffers begin."""
+        self._slot_bytes = 0
+        self.lasting = self._passing = 0
+        """Buffers that are there when the next forward ends, and others that go until then."""
         self._in_use: _Slot | None = None
         self._last_index = -1
         self._rising = True
@@ -183,26 +189,40 @@ class BlockStream:
         self._start()
         return len(new)
 
-    def resize(self, count: int) -> None:
+    @property
+    def passing_bytes(self) -> int:
+        """Bytes of buffers that the next forward gives back, block by block."""
+        return (self.ring_size - self.lasting) * self._slot_bytes
+
+    def resize(self, count: int, *, passing: int = 0) -> None:
         """Let the streamed blocks share `count` device buffers from now on, or one each if there are fewer blocks.
 
-        Between passes only. Blocks that are needed soonest stay where they are. The host waits for nothing. Raises
-        torch's error if memory does not suffice; the ring has then as many more as it did for.
+        Of those that are there beyond that, `passing` bytes stay for now: the next forward gives them back one by one
+        on its way. Between passes only. Blocks that are needed soonest stay where they are. The host waits for nothing.
+        Raises torch's error if memory does not suffice; the ring has then as many more as it did for.
         """
         self._freed = None
-        count = min(max(count, 1), len(self._masters))
-        if count == self.ring_size:
-            return
-        self.reset()
-        places = {index: place for place, index in enumerate(self.streamed_indexes)}  # the next pass begins below
-        self._ring.sort(key=lambda slot: len(places) if slot.block is None else places[slot.block])
-        while len(self._ring) > count:
+        self.lasting = min(max(count, 1), len(self._masters))
+        count = min(max(self.ring_size, self.lasting), self.lasting + passing // max(self._slot_bytes, 1))
+        self._passing = count - self.lasting
+        if count != self.ring_size:
+            self.reset()
+            self._shrink(count, self.streamed_indexes)  # the next pass begins below
+        while self.ring_size < count:
+            self._make_slot()
+
+    def _shrink(self, count: int, needed: Sequence[int]) -> None:
+        """Give buffers back until there are `count`: of blocks that are not `needed`, or last."""
+        places = {index: place for place, index in enumerate(needed)}
+        self._ring.sort(key=lambda slot: len(places) if slot.block is None else places.get(slot.block, len(places)))
+        while self.ring_size > count:
             self._drop(self._ring.pop())
-        try:
-            while len(self._ring) < count:
-                self._ring.append(self._make_slot())
-        finally:
-            self._checks = self._make_checks()
+
+    def _let_pass(self, index: int, *, turns: bool) -> None:
+        """Before block `index` on the way up: give back of the buffers that pass what it is time for."""
+        count = self.lasting + self._passing - self._passing * index // max(len(self.blocks) - 1, 1)
+        if self._rising and self.ring_size > count:
+            self._shrink(count, needed_next(self.streamed_indexes, index, rising=True, turns=turns, count=count))
 
     def grow(self, most: int, freed: FreedMemory) -> None:
         """Let the ring grow up to `most` buffers in the next backward pass, by what is `freed`, until `resize`."""
@@ -215,11 +235,11 @@ class BlockStream:
             return
         if index == len(self.blocks) - 1:
             self._freed.begin()
-        before = self.ring_size
         try:
-            while self.ring_size < self._most and self._freed.spare() >= self._slot_bytes:
-                self._ring.append(self._make_slot())
+            for _ in range(min(self._freed.spare() // self._slot_bytes, self._most - self.ring_size)):
+                self._make_slot()
                 self._freed.take(self._slot_bytes)
+                self.lasting = self.ring_size
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -228,11 +248,10 @@ class BlockStream:
                 "what backward frees is in pieces too small for a swapped block: blocks that stay on the card for "
                 "small batches are copied in their forward, which takes longer"
             )
-        if self.ring_size > before:
-            self._checks = self._make_checks()
 
     def _drop(self, slot: _Slot) -> None:
         """Let the buffer of `slot` be used for something else, once its last copy is there."""
+        self._memory.discard(slot.buffer.untyped_storage().data_ptr())
         self._transfers.wait(slot.filled)
         self._look_at_host(slot)
 
@@ -246,6 +265,11 @@ class BlockStream:
         """Make the ring and watch the blocks; nothing without streamed blocks."""
         if not self._masters:
             return
+        self._slot_bytes = max(master.num_bytes for master in self._masters.values())
+        self._checks = {
+            id(self.blocks[index]): partial(_check_view, self._memory, frozenset(map(id, master.tensors)))
+            for index, master in self._masters.items()
+        }
         self.resize(self.base_ring)
         for index, block in enumerate(self.blocks):
             self._hooks.append(block.register_forward_pre_hook(partial(self._before_call, index), prepend=True))
@@ -260,6 +284,7 @@ class BlockStream:
         for master in self._masters.values():
             master.point_to(master.on_host)
         self._hooks, self._ring, self._checks = [], [], {}
+        self._memory.clear()
 
     def detach(self, device: torch.device | None = None) -> None:
         """Stop streaming and leave all weights on `device` (the stream's own unless another is named)."""
@@ -273,14 +298,11 @@ class BlockStream:
         self._release()
         self._last_index, self._rising = -1, True
 
-    @property
-    def _slot_bytes(self) -> int:
-        return max(master.num_bytes for master in self._masters.values())
-
-    def _make_slot(self) -> _Slot:
+    def _make_slot(self) -> None:
         slot = _Slot(torch.empty(self._slot_bytes, dtype=torch.uint8, device=self.device))
         slot.free = self._transfers.mark()  # the memory may still be read by what had it before
-        return slot
+        self._memory.add(slot.buffer.untyped_storage().data_ptr())
+        self._ring.append(slot)
 
     def watch(self, block: nn.Module) -> Check | None:
         """Looks at what autograd saves of `block`: raises `MemoryPlanError` for a view of its weights.
@@ -288,14 +310,6 @@ class BlockStream:
         None if the block stays on the device: it may save what it likes.
         """
         return self._checks.get(id(block))
-
-    def _make_checks(self) -> dict[int, Check]:
-        """What `watch` answers, by the `id` of each streamed block."""
-        memory = frozenset(slot.buffer.untyped_storage().data_ptr() for slot in self._ring)
-        return {
-            id(self.blocks[index]): partial(_check_view, memory, frozenset(map(id, master.tensors)))
-            for index, master in self._masters.items()
-        }
 
     def _before_call(self, index: int, block: nn.Module, args: tuple[Any, ...]) -> None:
         self._prepare(index, turns=torch.is_grad_enabled())
@@ -316,6 +330,7 @@ class BlockStream:
         self._release()
         if index != self._last_index:
             self._rising, self._last_index = index > self._last_index, index
+            self._let_pass(index, turns=turns)
         needed = needed_next(self.streamed_indexes, index, rising=self._rising, turns=turns, count=self.ring_size)
         held = {slot.block for slot in self._ring}
         self.misses += index in self._masters and index not in held

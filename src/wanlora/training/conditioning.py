@@ -1,6 +1,5 @@
 """Text embeddings for previews: encoded once at the start, by one process, before the transformer is loaded."""
 
-import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from wanlora.config.train import ModelConfig
 from wanlora.foundation.errors import MemoryPlanError
+from wanlora.foundation.garbage import return_memory
 from wanlora.foundation.log import log
 from wanlora.memory.measure import is_out_of_memory
 from wanlora.models.wan.text import TextEncoder, load_tokenizer
@@ -35,7 +35,5 @@ def encode_texts(texts: Sequence[str], model: ModelConfig, device: torch.device)
             f"the text encoder for previews does not fit the card's memory; {cure}, or lower --vram_reserve"
         ) from error
     del encoder
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    return_memory(device)
     return embeddings

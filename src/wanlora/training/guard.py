@@ -2,14 +2,13 @@
 
 Every forward and backward pass of a step runs under the guard. It measures what the pass needed (`memory/keeping.py`
 decides by that how many blocks are recomputed), and when memory runs out it makes room and runs the passes of the step
-again from the beginning: first without the transposed copies of fp8 weights, if there are any, then with everything
-recomputed, then without the streamed blocks that stay on the card for small batches (`memory/residency.py`), then with
-more blocks streamed from the host. What the failed attempt left is dropped, and dropout repeats, so the run is the same
-as if nothing had happened, and it goes on with the room it has made. Processes of a run on several cards do this each
-for itself: it ends before they exchange gradients.
+again from the beginning: first without the transposed copies of fp8 weights, if there are any, and without buffers that
+go while forward computes, then with everything recomputed, then without the streamed blocks that stay on the card for
+small batches (`memory/residency.py`), then with more blocks streamed from the host. What the failed attempt left is
+dropped, and dropout repeats, so the run is the same as if nothing had happened, and it goes on with the room it has
+made. Processes of a run on several cards do this each for itself: it ends before they exchange gradients.
 """
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from wanlora.data.dataset import Batch
+from wanlora.foundation.garbage import return_memory
 from wanlora.foundation.log import log
 from wanlora.foundation.shapes import LatentShape
 from wanlora.memory.checkpointing import Kept, Recompute
@@ -113,8 +113,11 @@ class MemoryGuard:
             self._resize()
             self._left = len(batches)
             try:
-                with self.keeping.step():
-                    return passes()
+                with self.keeping.step(passing=self.residency.passing if self.residency else 0):
+                    result = passes()
+                if self.residency:
+                    self.residency.note(self._loads, self.keeping.need)
+                return result
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -161,6 +164,8 @@ class MemoryGuard:
         """The cheapest way to make room that is left."""
         if self.transposed.are_kept:
             return self._drop_transposed
+        if self.residency and self.residency.stop_passing():
+            return partial(self._say, "buffers of swapped blocks are given back before a forward and not within it")
         given_up = self.keeping.give_up()
         if given_up.blocks:
             return partial(self._say, f"{given_up.blocks} blocks that kept what they computed are recomputed")
@@ -198,9 +203,7 @@ class MemoryGuard:
         """Return the memory of the failed attempt."""
         if self.stream is not None:
             self.stream.reset()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        return_memory(self.device)
 
 
 def bucket_name(batch: Batch) -> str:

@@ -13,6 +13,7 @@ from functools import partial
 from wanlora.data.dataset import Batch
 from wanlora.data.order import BatchSpec
 from wanlora.foundation.errors import UserError
+from wanlora.foundation.garbage import collect
 from wanlora.foundation.log import log
 from wanlora.foundation.ranks import Rank
 from wanlora.training.after_step import AfterStep
@@ -131,6 +132,7 @@ class Trainer:
                     self.trial()
                 self.validation.at_first(self.position)
                 self.previews.at_first(self.position)
+                collect()
                 while self.position.step < self.total_steps:
                     self._train_epoch()
             except KeyboardInterrupt:
@@ -183,13 +185,14 @@ class Trainer:
             after = self.after_step()
             self.position = self.position.after(work.num_batches, epoch_length=work.epoch_length)
             self.updating = False
+            paced = self.pace.finish(" + ".join(sorted(bucket_name(item.batch) for item in work.share)))
             self._unread.append(
                 _Updated(
                     queued=queued,
                     report=report,
                     put_back=put_back,
                     position=self.position,
-                    paced=self.pace.finish(" + ".join(sorted(bucket_name(item.batch) for item in work.share))),
+                    paced=paced,
                     values=after | learning_rates(step.optimizer),
                     measured=partial(
                         Measured,
@@ -202,6 +205,8 @@ class Trainer:
                     ),
                 )
             )
+        if paced.compiled:
+            collect()
 
     def _read_before_update(self, queued: QueuedStep) -> StepReport:
         """What a step has computed, once all before it are known to be sound."""

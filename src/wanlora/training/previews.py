@@ -4,7 +4,6 @@ A preview borrows the model and gives everything back as it was: train mode, ran
 memory. One that fails is reported and training goes on. Several processes share the prompts out among them.
 """
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from wanlora.config.outputs import PreviewConfig
+from wanlora.foundation.garbage import return_memory
 from wanlora.foundation.log import log
 from wanlora.generation.pipeline import decode_frames, sample_latents
 from wanlora.generation.requests import PreviewRequest
@@ -152,9 +151,7 @@ class Previews:
         finally:
             model.attention = kernel
             set_mode(self.optimizer, training=True)
-            gc.collect()
-            if self.engine.device.type == "cuda":
-                torch.cuda.empty_cache()
+            return_memory(self.engine.device)
 
     def _forget_failed_pass(self) -> None:
         if self.trainee.stream is not None:

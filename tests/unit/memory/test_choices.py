@@ -128,7 +128,19 @@ def test_behind_a_backward_that_frees_much_a_small_batch_takes_no_longer() -> No
     alone = replace(outlook, by_size={large: 10})
     assert alone.buffers_left(large, kept) == 2
     slow = replace(CARD, link=1.0)  # copies for others come on top of its own
-    assert outlook.seconds(large, slow, kept=kept) > alone.seconds(large, slow, kept=kept)
+    assert outlook.seconds(large, slow, kept=kept, before=2) > alone.seconds(large, slow, kept=kept)
+    assert outlook.seconds(large, slow, kept=kept) < outlook.seconds(large, slow, kept=kept, before=2)
+
+
+def test_forward_finds_blocks_in_buffers_that_it_gives_back() -> None:
+    small, large = LOADS[1], LARGEST
+    outlook = replace(REFERENCE, swapped=30, by_size={small: 0, large: 30})
+    kept = Kept(20, 20)
+    assert outlook.buffers(large) == 2 and outlook.buffers(small) == 32
+    assert [outlook.buffers_found(large, kept, before) for before in (2, 10, 32)] == [2, 10, 32]
+    assert outlook.buffers_found(small, Kept(40), 10) == 10
+    little = Load(tokens=16)  # what it needs has no room for a buffer
+    assert outlook.buffers_found(little, Kept(40), 32) <= outlook.buffers(little) + 1 == 3
 
 
 def test_a_size_swaps_no_more_than_is_worth_it_and_sizes_are_alike_where_that_is_as_good() -> None:

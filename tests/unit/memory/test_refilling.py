@@ -1,6 +1,15 @@
 """What backward has freed and will not want again."""
 
-from wanlora.memory.refilling import FreedMemory
+from wanlora.memory.refilling import FreedMemory, passing_bytes
+
+
+def test_what_passes_fits_all_the_way_while_what_is_kept_comes_to_be() -> None:
+    need, at_work, blocks = 1000, 400, 40
+    passing = passing_bytes(need)
+    assert passing == 600
+    for share in range(blocks + 1):
+        kept, left = (need - at_work) * share / blocks, passing * (1 - share / blocks)
+        assert kept + left + at_work <= need
 
 
 def test_all_but_the_largest_piece_is_to_spare() -> None:

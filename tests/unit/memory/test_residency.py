@@ -41,6 +41,32 @@ def test_a_step_on_several_batches_has_the_ring_of_the_one_that_wants_most_swapp
     assert stream.ring_size == 2
 
 
+def test_a_step_that_needs_much_lets_buffers_go_in_its_forward() -> None:
+    stream = streaming()
+    slot = stream._slot_bytes
+    residency = Residency(stream, NUMBERS)
+
+    def behind_a_small_one(load: Load) -> tuple[int, int, int]:
+        residency.prepare([SMALL])
+        residency.prepare([load])
+        return residency.buffers, residency.passing // slot, stream.ring_size
+
+    assert behind_a_small_one(LARGE) == (2, 0, 2)  # nobody knows yet what it needs
+    residency.note([LARGE], 6 * slot)
+    assert behind_a_small_one(LARGE) == (2, 3, 5)
+    residency.note([LARGE], 60 * slot)
+    assert behind_a_small_one(LARGE) == (2, 4, 6)
+    assert behind_a_small_one(MIDDLE) == (4, 0, 4)
+    residency.note([LARGE, MIDDLE], 1)  # of steps on several batches nothing is known
+    residency.prepare([SMALL])
+    residency.prepare([LARGE, LARGE])
+    assert residency.passing == 0 and not residency.stop_passing()
+    assert behind_a_small_one(LARGE) == (2, 4, 6)
+    assert residency.stop_passing()
+    assert behind_a_small_one(LARGE) == (2, 0, 2) and not residency.stop_passing()
+    residency.note([LARGE], None)
+
+
 def test_a_number_for_all_leaves_the_ring_as_it_is() -> None:
     stream = streaming(4)
     residency = Residency(stream, {})

@@ -166,6 +166,43 @@ def test_copies_follow_the_ring_and_what_is_needed_soonest_stays() -> None:
     assert stream.misses == 1
 
 
+@pytest.mark.parametrize(("num_streamed", "lasting"), [(6, 2), (6, 3), (4, 2)])
+def test_buffers_that_pass_go_one_by_one_in_forward_and_save_its_copies(num_streamed: int, lasting: int) -> None:
+    plain = losses_and_gradients(adapted_wan(), steps=6)
+    model, stream = streaming(num_streamed)
+    slot, rings, copies = stream._slot_bytes, list[list[int]](), list[int]()
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, args, out: rings[-1].append(stream.ring_size) if rings else None)
+
+    def resize() -> None:
+        copies.append(stream.copies)
+        rings.append([])
+        if len(copies) % 2:
+            stream.resize(num_streamed)
+        else:
+            stream.resize(lasting, passing=99 * slot)
+            assert stream.lasting == lasting and stream.passing_bytes == (num_streamed - lasting) * slot
+
+    assert losses_and_gradients(model, steps=6, between=resize) == plain
+    most, gone = num_streamed, num_streamed - lasting
+    assert rings[1][:6] == [most - gone * index // 5 for index in range(6)]
+    # Forward finds all there and backward what is left; the next forward with room for all what backward has left.
+    assert [after - before for before, after in pairwise(copies)] == [most - 2, *[gone] * 4]
+    assert stream.misses == 1
+
+
+def test_as_many_buffers_pass_as_there_is_room_for_and_none_are_made() -> None:
+    _, stream = streaming(6)
+    slot = stream._slot_bytes
+    stream.resize(3, passing=99 * slot)
+    assert (stream.ring_size, stream.passing_bytes) == (3, 0)
+    stream.resize(6)
+    stream.resize(2, passing=2 * slot + slot // 2)
+    assert (stream.ring_size, stream.passing_bytes) == (4, 2 * slot)
+    stream.resize(2)
+    assert (stream.ring_size, stream.passing_bytes) == (2, 0)
+
+
 def test_buffers_that_are_dropped_are_gone_and_their_blocks_look_at_the_host() -> None:
     model, stream = streaming(6)
     stream.resize(6)

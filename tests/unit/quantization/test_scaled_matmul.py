@@ -1,5 +1,7 @@
 """Rounding to e4m3 with a scale per row, and the product of what was rounded."""
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from wanlora.quantization import scaled_matmul as module
 from wanlora.quantization.scaled_matmul import choose_kernel, fits, missing_fp8_maths, quantize_rows, scaled_matmul
 
+WORKSPACE = "CUBLASLT_WORKSPACE_SIZE"
 CPU = torch.device("cpu")
 
 
@@ -71,6 +74,19 @@ def test_cards_before_ada_lack_the_units(
     assert (missing is not None) == lacks
     if missing is not None:
         assert f"NVIDIA Card (sm_{capability[0]}{capability[1]}) has no units for it" in missing
+
+
+@pytest.mark.parametrize(("capability", "given", "found"), [((9, 0), "", "0"), ((9, 0), "64", "64"), ((8, 9), "", "")])
+def test_products_on_hopper_take_no_workspace_unless_the_user_has_given_them_one(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], given: str, found: str
+) -> None:
+    monkeypatch.setenv(WORKSPACE, given)
+    if not given:
+        monkeypatch.delenv(WORKSPACE)
+    seen = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(module, "_try", lambda kernel, device: seen.append(os.environ.get(WORKSPACE, "")))
+    assert missing_fp8_maths(torch.device("cuda", 0)) is None and seen == [found]
 
 
 def test_where_the_library_knows_no_scales_for_rows_they_are_applied_afterwards(

@@ -189,6 +189,37 @@ def test_the_ring_follows_the_batches_and_previews_get_the_smallest() -> None:
     assert [*rings, card.stream.ring_size] == [4, 3, 3, 4, 2, 2] and card.failures == 0
 
 
+def test_memory_that_runs_out_while_buffers_pass_is_had_by_giving_them_back_before(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs.log, "propagate", True)
+    card = Card(capacity=99, num_streamed=6, everything=False, by_size={load_of(BATCH): 0, OTHER: 4})
+    residency = card.guard.residency
+    assert residency is not None
+    card.step([BATCH])
+    residency.note([OTHER], 2**40)
+    card.capacity = 1
+    drop(card.model)
+    with caplog.at_level(logging.WARNING, logger="wanlora"):
+        assert card.step([batch(0, 3)]) == undisturbed()
+    assert card.failures == 1 and residency.passing == 0 and card.guard.buffers == 2
+    assert "given back before a forward and not within it from now on" in caplog.text
+
+
+def test_what_a_step_needs_is_noted_and_buffers_that_pass_are_none_of_it() -> None:
+    card = Card(capacity=99, num_streamed=6, everything=False, by_size={load_of(BATCH): 0, OTHER: 4})
+    card.keeping.meter, card.keeping.limit = FallingMeter(), 2**51
+    residency = card.guard.residency
+    assert residency is not None
+    held = card.keeping.meter.allocated()
+    with card.keeping.step(passing=7):
+        assert card.keeping._baseline == held - 2**30 - 7
+    noted: list[tuple[Sequence[Load], int | None]] = []
+    residency.note = lambda loads, need: noted.append((loads, need))  # type: ignore[method-assign]
+    card.step([batch(0, 3)])
+    assert noted == [([OTHER], card.keeping.need)] and card.keeping.need is not None
+
+
 def test_what_a_pass_needs_is_measured_from_where_the_ring_has_been_resized() -> None:
     card = Card(capacity=6, num_streamed=4, everything=False, by_size={load_of(BATCH): 0})
     seen = []

@@ -4,6 +4,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from itertools import chain, repeat
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from wanlora.data.order import BatchSpec
 from wanlora.foundation.errors import DataError
 from wanlora.foundation.log import log
 from wanlora.foundation.ranks import Rank
+from wanlora.training import loop
+from wanlora.training import pace as paces
 from wanlora.training.forecast import Measured
 from wanlora.training.interrupts import Interrupts
 from wanlora.training.loop import Feed, Trainer
@@ -209,6 +212,15 @@ def test_forecasts_are_told_of_every_step_and_what_is_left(ahead: int) -> None:
     assert all(len(measured.sizes) == 1 and measured.sizes[0].batch == 1 for measured, _ in seen)
     assert all(measured.seconds > 0 and measured.peak is None for measured, _ in seen)
     assert {(measured.kept, measured.streamed) for measured, _ in seen} == {(step.guard.kept, 0)}
+
+
+def test_what_a_compiler_has_made_is_set_aside(ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, collected = chain([0, 0, 0, 1, 1, 1, 1], repeat(2)), []
+    made, _, _ = trainer(ahead)
+    monkeypatch.setattr(paces, "compilations", lambda: next(compiled))
+    monkeypatch.setattr(loop, "collect", lambda: collected.append(made.position.step))
+    made.train()
+    assert collected == [0, 2, 4]
 
 
 def test_validation_comes_first_and_is_told_of_every_step(ahead: int) -> None:
