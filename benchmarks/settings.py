@@ -3,13 +3,13 @@
 from benchmarks.runs import Setting
 
 _FP8 = ("--fp8_base", "--fp8_scaled")
-_KEEP = "--activation_memory auto"
-_ALL = "--activation_memory off"
+_KEEP = "--activation_memory auto --cuda_graphs off"
+_ALL = "--activation_memory off --cuda_graphs off"
 _AWAY = "--gradient_checkpointing_cpu_offload"
 _AUTO = f"{_KEEP} --blocks_to_swap auto"
 _NARROW = "--residual_dtype bfloat16"
 _QUEUED = "--compile_cpp_wrapper"
-_GRAPHS = f"{_KEEP} --cuda_graphs auto"
+_GRAPHS = "--activation_memory auto --cuda_graphs auto"
 SETTINGS: dict[str, Setting] = {
     setting.name: setting
     for setting in (

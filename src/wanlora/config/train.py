@@ -303,8 +303,9 @@ class MemoryConfig(Checked):
     """Refuse graph breaks."""
     compile_cache_size_limit: Count | None = None
     """How many graphs torch.compile keeps, those of all sizes and of all ways to save counted together. Default: 32."""
-    cuda_graphs: Literal["auto", "off"] = "off"
-    """auto: passes that the GPU could do faster than the host can queue them are recorded once and replayed whole."""
+    cuda_graphs: Literal["auto", "off"] | None = None
+    """auto: passes that the GPU could do faster than the host can queue them are recorded once and replayed whole.
+    Default: auto."""
 
     @property
     def num_swapped(self) -> int:

@@ -174,7 +174,8 @@ class Replays:
         self.release()
 
     def _deserves(self, key: Hashable) -> bool:
-        if not self._wanted or self._sightings[key] < _SIGHTINGS:
+        # Blocks may be streamed since it was seen: where memory has run out.
+        if not self._wanted or self._sightings[key] < _SIGHTINGS or _streams(self.recompute):
             return False
         if len(self._recordings) >= MOST:
             say_once(
@@ -210,7 +211,7 @@ class Replays:
         self.card.run(partial(work, inputs))
         seconds, ended = self.clock() - start, self.card.mark()
         self._watched.append(
-            _Watched(key, began, ended, seconds, before == self._by_the_host() and not self._streams())
+            _Watched(key, began, ended, seconds, before == self._by_the_host() and not _streams(self.recompute))
         )
 
     def _by_the_host(self) -> tuple[int, int, int]:
@@ -218,22 +219,25 @@ class Replays:
         recompute = self.recompute
         return recompute.recomputed, recompute.attention_kept if recompute.offload else 0, compilations()
 
-    def _streams(self) -> bool:
-        """Whether weights change their place during a pass."""
-        return self.recompute.stream is not None and bool(self.recompute.stream.streamed_indexes)
+
+def _streams(recompute: Recompute) -> bool:
+    """Whether weights change their place during a pass."""
+    return recompute.stream is not None and bool(recompute.stream.streamed_indexes)
 
 
 def choose_replays(
     config: TrainConfig, trainee: Trainee, flat: FlatGroups | None, device: torch.device
 ) -> Replays | None:
-    """What replays passes as CUDA graphs, where that is wanted and possible."""
+    """What replays passes as CUDA graphs; None where that is not wanted or cannot be, which is said."""
     if config.memory.cuda_graphs == "off":
         return None
     if device.type != "cuda":
-        say_once("--cuda_graphs auto has no effect on a CPU: there is no card that waits for it")
+        if config.memory.cuda_graphs is not None:
+            say_once("--cuda_graphs auto has no effect on a CPU: there is no card that waits for it")
         return None
     mode = config.memory.compile_mode
     obstacles = {
+        "blocks are swapped, and their weights lie elsewhere in every pass": _streams(trainee.recompute),
         f"--optimizer_type {config.optimizer.optimizer_type} is given its gradients matrix by matrix": flat is None,
         "float16 changes its loss scale while running": trainee.dtype is torch.float16,
         "module_dropout is drawn by the host": bool(config.network.args.module_dropout),

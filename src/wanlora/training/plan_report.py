@@ -73,10 +73,8 @@ def _legend(plan: RunPlan) -> Iterator[str]:
     yield f"  ({needs}{kept if plan.target.room is not None and outlook.recompute else ''})"
     host = _SLOW_HOST * outlook.num_blocks
     if any(bucket.seconds is not None and bucket.seconds < host for bucket in plan.buckets):
-        yield (
-            f"  (s/batch: of the card; a slow processor may need {host:.2f} s a batch to queue the kernels, "
-            "see --cuda_graphs)"
-        )
+        unless = "see --compile_cpp_wrapper" if outlook.swapped else "where they are not replayed: see --cuda_graphs"
+        yield f"  (s/batch: of the card; a slow processor may need {host:.2f} s a batch to queue the kernels, {unless})"
 
 
 def _time(plan: RunPlan, *, steps: int, epochs: float, processes: int) -> Iterator[str]:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -23,6 +23,9 @@ from wanlora.training.graphs import Replays, choose_replays
 from wanlora.training.guard import MemoryGuard
 from wanlora.training.position import Position
 from wanlora.training.step import IndexedBatch, StepReport, TrainingStep
+
+CARD = torch.device("cuda", 0)
+_DEFAULT = TrainConfig()
 
 
 class Padded(Velocity):
@@ -229,37 +232,80 @@ def test_tables_of_the_model_are_made_before_the_pass() -> None:
     assert run.model.tables == [LatentShape.of(PIXELS)] * 4
 
 
-@pytest.mark.parametrize(
-    ("config", "dtype", "flat", "reason"),
-    [
-        (TrainConfig(), torch.bfloat16, True, None),
-        (TrainConfig(optimizer=OptimizerConfig(optimizer_type="muon")), torch.bfloat16, False, "--optimizer_type muon"),
-        (TrainConfig(), torch.float16, True, "float16"),
-        (TrainConfig(network=NetworkConfig(network_args=("module_dropout=0.1",))), torch.bfloat16, True, "by the host"),
-        (TrainConfig(memory=MemoryConfig(compile_mode="reduce-overhead")), torch.bfloat16, True, "--compile_mode"),
-    ],
-)
-def test_what_stands_against_replays_is_said(
-    config: TrainConfig, dtype: torch.dtype, flat: bool, reason: str | None, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    trainee: Any = SimpleNamespace(dtype=dtype, model=Padded(), recompute=Recompute([]), keeping=Keeping(0, 0))
-    vectors = step_of(Padded(), flat=True).flat if flat else None
-    config = replace(config, memory=replace(config.memory, cuda_graphs="auto"))
-    made = choose_replays(config, trainee, vectors, torch.device("cuda", 0))
-    assert (made is None) == (reason is not None)
-    assert reason is None or reason in caplog.text
+def streaming() -> Any:
+    """A stream of one block."""
+    return SimpleNamespace(streamed_indexes=(0,))
 
 
-def test_without_a_card_or_unless_asked_for_nothing_is_replayed(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_size_whose_blocks_are_streamed_by_now_is_not_recorded() -> None:
+    """Memory ran out in another size between the second time that the card waited and the next pass."""
+    run = Run()
+    run.replayed(range(2))
+    run.recompute.stream = streaming()
+    assert run.replayed(range(3)) == [False] * 3
+    assert run.card.recorded == 0
+
+
+def choose(
+    config: TrainConfig = _DEFAULT,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    flat: bool = True,
+    stream: Any = None,
+    device: torch.device = CARD,
+) -> Replays | None:
+    """For a model that is trained so."""
+    recompute = Recompute([])
+    recompute.stream = stream
+    trainee: Any = SimpleNamespace(dtype=dtype, model=Padded(), recompute=recompute, keeping=Keeping(0, 0))
+    return choose_replays(config, trainee, step_of(Padded(), flat=True).flat if flat else None, device)
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     monkeypatch.setattr(log, "propagate", True)
     caplog.set_level(logging.INFO, logger="wanlora")
     monkeypatch.setattr("wanlora.foundation.log._said", set())
-    trainee: Any = SimpleNamespace(dtype=torch.bfloat16)
-    assert choose_replays(TrainConfig(), trainee, None, torch.device("cuda", 0)) is None
-    assert caplog.text == ""
-    auto = TrainConfig(memory=MemoryConfig(cuda_graphs="auto"))
-    assert choose_replays(auto, trainee, None, CPU) is None
-    assert "--cuda_graphs auto has no effect on a CPU" in caplog.text
+    return caplog
+
+
+@pytest.mark.parametrize("asked", ["auto", None])
+@pytest.mark.parametrize(
+    ("config", "options", "reason"),
+    [
+        (TrainConfig(), {}, None),
+        (TrainConfig(), {"stream": SimpleNamespace(streamed_indexes=())}, None),
+        (TrainConfig(), {"stream": streaming()}, "blocks are swapped"),
+        (TrainConfig(optimizer=OptimizerConfig(optimizer_type="muon")), {"flat": False}, "--optimizer_type muon"),
+        (TrainConfig(), {"dtype": torch.float16}, "float16"),
+        (TrainConfig(network=NetworkConfig(network_args=("module_dropout=0.1",))), {}, "by the host"),
+        (TrainConfig(memory=MemoryConfig(compile_mode="reduce-overhead")), {}, "--compile_mode"),
+    ],
+)
+def test_what_stands_against_replays_is_said(
+    asked: Literal["auto"] | None,
+    config: TrainConfig,
+    options: dict[str, Any],
+    reason: str | None,
+    said: pytest.LogCaptureFixture,
+) -> None:
+    config = replace(config, memory=replace(config.memory, cuda_graphs=asked))
+    assert (choose(config, **options) is None) == (reason is not None)
+    assert len(set(said.messages)) == (reason is not None)
+    assert reason is None or reason in said.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "message"),
+    [
+        ("off", CARD, None),
+        ("off", CPU, None),
+        (None, CPU, None),
+        ("auto", CPU, "--cuda_graphs auto has no effect on a CPU: there is no card that waits for it"),
+    ],
+)
+def test_off_or_without_a_card_nothing_is_replayed_which_is_said_to_those_who_asked_for_it(
+    asked: Literal["auto", "off"] | None, device: torch.device, message: str | None, said: pytest.LogCaptureFixture
+) -> None:
+    assert choose(TrainConfig(memory=MemoryConfig(cuda_graphs=asked)), device=device) is None
+    assert set(said.messages) == ({message} if message else set())
