@@ -42,10 +42,12 @@ from wanlora.memory.mixing import time_spared
 _AFTER_FAILURE = 0.95
 """Memory that ran out at some peak is taken to hold this part of it from then on."""
 _AFTER_RETRIES = 0.98
-"""The same where the allocator had to rearrange memory in pass after pass."""
-_RETRIES = 4
-"""So many in a row. One takes a twentieth of a pass, which is less than what the blocks spare that lower limits drop;
-it is usual where sizes follow one another, whose pieces of memory are others."""
+"""The same where the allocator rearranges memory again and again."""
+_FORGOTTEN = 0.2
+"""The part of the times that it did so that counts no longer after the next pass."""
+_RETRIES = 3
+"""So many count. One takes 2 % of a pass, as much as the blocks spare that a lower limit drops, and now and then it is
+usual where sizes follow one another, whose pieces of memory are others."""
 _FIRST_ON_THE_LINE = 2
 """From so many kept blocks on, what a pass needs grows in a line: before, recomputing one block needs as much."""
 _BEGINNING = 4
@@ -232,8 +234,8 @@ class Keeping:
         self.ample = ample
         self._everything_below: float = float("inf") if everything else 0
         """Inputs of this many bytes have run out of memory with everything kept."""
-        self._retries = 0
-        """Passes in a row in which the allocator rearranged memory."""
+        self._retries: float = 0
+        """Times that the allocator rearranged memory lately."""
         self._sizes: dict[tuple[int, ...], _Size] = {}
         self._active: _Size | None = None
         self._watching = False
@@ -280,7 +282,7 @@ class Keeping:
         try:
             yield
             if self.meter and self._active and self._active.chosen:
-                self._take(self._active, label, retried=self.meter.retries() > retries)
+                self._take(self._active, label, retries=self.meter.retries() - retries)
         finally:
             self._watching = False
 
@@ -338,14 +340,14 @@ class Keeping:
         room = self.limit - self.aside - self._baseline
         return room if self.activations is None else min(room, self.activations)
 
-    def _take(self, size: _Size, label: str, *, retried: bool) -> None:
+    def _take(self, size: _Size, label: str, *, retries: int) -> None:
         """Note what a pass needed, and say once what has settled."""
         assert self.meter is not None
         peak = self.meter.peak()
         size.need = peak - self._baseline
         size.passes += 1
-        self._retries = self._retries + 1 if retried and size.kept else 0
-        if self._retries == _RETRIES:
+        self._retries = (1 - _FORGOTTEN) * self._retries + (retries if size.kept else 0)
+        if self._retries >= _RETRIES:
             self._retries = 0
             self.limit = max(int(_AFTER_RETRIES * self.limit), int(_LOWEST * self._first_limit))
         kept = self.kept

@@ -31,14 +31,12 @@ class Place:
     shape: torch.Size
     dtype: torch.dtype
 
+    strides: tuple[int, ...]
+
     @property
     def end(self) -> int:
         """One past the last byte."""
         return self.start + math.prod(self.shape) * self.dtype.itemsize
-
-    def view(self, flat: Tensor) -> Tensor:
-        """The tensor in `flat` uint8."""
-        return flat[self.start : self.end].view(self.dtype).view(self.shape)
 
 
 def lay_out(tensors: list[Tensor]) -> tuple[list[Place], int]:
@@ -46,9 +44,19 @@ def lay_out(tensors: list[Tensor]) -> tuple[list[Place], int]:
     places: list[Place] = []
     end = 0
     for tensor in tensors:
-        places.append(Place(start=-(-end // _ALIGNMENT) * _ALIGNMENT, shape=tensor.shape, dtype=tensor.dtype))
-        end = places[-1].end
+        strides = tuple(math.prod(tensor.shape[place + 1 :]) for place in range(tensor.ndim))
+        places.append(Place(start=end, shape=tensor.shape, dtype=tensor.dtype, strides=strides))
+        end = -(-places[-1].end // _ALIGNMENT) * _ALIGNMENT
     return places, end
+
+
+def views(flat: Tensor, places: list[Place]) -> list[Tensor]:
+    """The tensors in `flat` uint8, whose size is a multiple of the alignment."""
+    typed = {dtype: flat.view(dtype) for dtype in {place.dtype for place in places}}
+    return [
+        typed[place.dtype].as_strided(place.shape, place.strides, place.start // place.dtype.itemsize)
+        for place in places
+    ]
 
 
 class BlockMaster:
@@ -68,7 +76,7 @@ class BlockMaster:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """This block's tensors in a buffer of the same layout."""
-        return [place.view(flat) for place in self.places]
+        return views(flat, self.places)
 
     def point_to(self, values: list[Tensor]) -> None:
         """Make the block's tensors look at `values`, in the order of `views`."""

@@ -1,6 +1,7 @@
 """Waking NVIDIA's driver while something else is done. The driver is a simulated one."""
 
 import ctypes
+import os
 import threading
 from typing import Any
 
@@ -60,6 +61,18 @@ def test_a_card_is_started_meanwhile_also_if_something_goes_wrong(library: Libra
         library.go.set()
         raise KeyError
     assert events == ["meanwhile", "cards", 8]
+
+
+@pytest.mark.parametrize(("wanted", "given", "found"), [(True, "", "4x"), (True, "1x", "1x"), (False, "", None)])
+def test_the_driver_can_be_given_many_kernels_unless_the_user_says_otherwise(
+    library: Library, monkeypatch: pytest.MonkeyPatch, wanted: bool, given: str, found: str | None
+) -> None:
+    monkeypatch.setenv("CUDA_SCALE_LAUNCH_QUEUES", given)
+    if not given:
+        monkeypatch.delenv("CUDA_SCALE_LAUNCH_QUEUES")
+    library.go.set()
+    with finding_cards(wanted=wanted):
+        assert os.environ.get("CUDA_SCALE_LAUNCH_QUEUES") == found
 
 
 def test_without_a_card_to_use_nothing_is_asked_of_the_driver(library: Library, events: list[object]) -> None:

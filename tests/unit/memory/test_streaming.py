@@ -13,7 +13,7 @@ from tests.unit.memory.wan import ARGUMENTS, adapted_wan, losses_and_gradients, 
 from wanlora.foundation import log as logs
 from wanlora.foundation.errors import MemoryPlanError
 from wanlora.memory.checkpointing import Recompute
-from wanlora.memory.masters import frozen_tensors, lay_out
+from wanlora.memory.masters import frozen_tensors, lay_out, views
 from wanlora.memory.placement import streamed_indexes
 from wanlora.memory.refilling import FreedMemory
 from wanlora.memory.streaming import BlockStream, needed_next
@@ -453,11 +453,14 @@ def test_the_trained_weights_seen_by_the_optimizer_are_the_ones_in_the_model() -
 def test_places_are_aligned_and_do_not_overlap() -> None:
     tensors = [torch.zeros(3, dtype=torch.uint8), torch.zeros(2, 5, dtype=torch.bfloat16), torch.zeros(())]
     places, num_bytes = lay_out(tensors)
-    assert [place.start for place in places] == [0, 256, 512] and num_bytes == 516
+    assert [place.start for place in places] == [0, 256, 512] and num_bytes == 768
     flat = torch.zeros(num_bytes, dtype=torch.uint8)
-    for value, place in enumerate(places, 1):
-        place.view(flat).fill_(value)
-    assert [place.view(flat).flatten().tolist() for place in places] == [[1] * 3, [2] * 10, [3]]
+    for value, view in enumerate(views(flat, places), 1):
+        view.fill_(value)
+    assert [view.flatten().tolist() for view in views(flat, places)] == [[1] * 3, [2] * 10, [3]]
+    for view, tensor, place in zip(views(flat, places), tensors, places, strict=True):
+        assert (view.shape, view.dtype, view.stride()) == (tensor.shape, tensor.dtype, tensor.stride())
+        assert view.data_ptr() - flat.data_ptr() == place.start and place.end <= num_bytes
 
 
 def test_streamed_blocks_are_evenly_spaced() -> None:

@@ -271,8 +271,8 @@ def test_numbers_of_swapped_blocks_by_size_change_no_number_and_the_ring_follows
 
     rings, resize = [], BlockStream.resize
 
-    def resized(stream: BlockStream, count: int) -> None:
-        resize(stream, count)
+    def resized(stream: BlockStream, count: int, **options: int) -> None:
+        resize(stream, count, **options)
         rings.append(stream.ring_size)
 
     card = CardLimit(total=2**30, others=2**28, reserve=2**28)
