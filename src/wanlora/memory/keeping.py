@@ -41,13 +41,13 @@ from wanlora.memory.mixing import time_spared
 
 _AFTER_FAILURE = 0.95
 """Memory that ran out at some peak is taken to hold this part of it from then on."""
-_AFTER_RETRIES = 0.98
-"""The same where the allocator rearranges memory again and again."""
 _FORGOTTEN = 0.2
-"""The part of the times that it did so that counts no longer after the next pass."""
-_RETRIES = 3
-"""So many count. One takes 2 % of a pass, as much as the blocks spare that a lower limit drops, and now and then it is
-usual where sizes follow one another, whose pieces of memory are others."""
+"""Of the times that the allocator rearranged memory for a size, the part that counts no longer after its next pass."""
+_RETRIES = 1.5
+"""If so many count, the size leaves more to the allocator. One takes 2 % of a pass and lets the host, which had been
+ahead, wait for the card; now and then it is usual where sizes follow one another, whose pieces of memory are others."""
+_MARGIN = 0.02
+"""So much more of the limit each time."""
 _FIRST_ON_THE_LINE = 2
 """From so many kept blocks on, what a pass needs grows in a line: before, recomputing one block needs as much."""
 _BEGINNING = 4
@@ -57,8 +57,8 @@ _SHARE = 0.5
 MOST_OF_EVERYTHING = 2
 """A pass whose blocks hold everything needs at most so many times as much as if they held products."""
 _CAUTION = 1.05
-_LOWEST = 0.85
-"""The limit is never lowered below this part of the first for the allocator's sake."""
+_MOST_MARGIN = 0.15
+"""Never more than this part."""
 
 
 @dataclass(slots=True)
@@ -91,6 +91,10 @@ class _Size:
     """What a pass needed in which nothing was kept."""
     before: tuple[int, int] = (0, 0)
     """`kept` of the last passes with another number kept, and what they needed without attention that was kept."""
+    retries: float = 0
+    """Times that the allocator rearranged memory in its passes lately."""
+    margin: float = 0
+    """The part of the limit that is left to the allocator."""
     least: int | None = None
     """The lowest bound that passes have set to what a block that is kept needs beyond one that is recomputed."""
 
@@ -225,7 +229,7 @@ class Keeping:
         self.num_optional = num_optional
         self.num_blocks = num_blocks
         self.meter = meter
-        self.limit = self._first_limit = limit
+        self.limit = limit
         self.activations = activations
         self.num_inputs = num_blocks if num_inputs is None else num_inputs
         self.aside = 0
@@ -234,8 +238,6 @@ class Keeping:
         self.ample = ample
         self._everything_below: float = float("inf") if everything else 0
         """Inputs of this many bytes have run out of memory with everything kept."""
-        self._retries: float = 0
-        """Times that the allocator rearranged memory lately."""
         self._sizes: dict[tuple[int, ...], _Size] = {}
         self._active: _Size | None = None
         self._watching = False
@@ -249,7 +251,7 @@ class Keeping:
         if self._active is None:
             self._active = self._size_of(x)
             if self._active.chosen:
-                self._active.choose(self._room(), self.num_inputs)
+                self._active.choose(self._room(self._active), self.num_inputs)
         return self.kept if self._active is self._size_of(x) else KEEPS_NOTHING
 
     @property
@@ -335,9 +337,13 @@ class Keeping:
             )
         return self._sizes[key]
 
-    def _room(self) -> int:
+    def _limit_of(self, size: _Size) -> int:
+        """Bytes that may be allocated in all in a pass of this size."""
+        return int((1 - size.margin) * self.limit)
+
+    def _room(self, size: _Size) -> int:
         """Bytes that the pass at hand may need."""
-        room = self.limit - self.aside - self._baseline
+        room = self._limit_of(size) - self.aside - self._baseline
         return room if self.activations is None else min(room, self.activations)
 
     def _take(self, size: _Size, label: str, *, retries: int) -> None:
@@ -346,10 +352,9 @@ class Keeping:
         peak = self.meter.peak()
         size.need = peak - self._baseline
         size.passes += 1
-        self._retries = (1 - _FORGOTTEN) * self._retries + (retries if size.kept else 0)
-        if self._retries >= _RETRIES:
-            self._retries = 0
-            self.limit = max(int(_AFTER_RETRIES * self.limit), int(_LOWEST * self._first_limit))
+        size.retries = (1 - _FORGOTTEN) * size.retries + (retries if size.kept else 0)
+        if size.retries >= _RETRIES:
+            size.retries, size.margin = 0, min(size.margin + _MARGIN, _MOST_MARGIN)
         kept = self.kept
         if size.passes == 2 and self._said.get(label) != kept:
             self._said[label] = kept
@@ -358,5 +363,5 @@ class Keeping:
             others = ", the others are recomputed" if kept.blocks + kept.attention < self.num_blocks else ""
             log.info(
                 f"{label}: {kept.blocks} of {self.num_blocks} blocks keep what they computed{whole}{half}{others}; "
-                f"peak {peak / GIB:.1f} of {self.limit / GIB:.1f} GiB"
+                f"peak {peak / GIB:.1f} of {self._limit_of(size) / GIB:.1f} GiB"
             )
