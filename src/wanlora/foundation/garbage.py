@@ -10,15 +10,16 @@ import gc
 import torch
 
 
-def collect() -> None:
-    """Delete all garbage, also what was alive when it was set aside, and set aside what is alive now."""
-    gc.unfreeze()
+def set_aside() -> None:
+    """Delete the garbage since the last call, and look no more through what is alive."""
     gc.collect()
     gc.freeze()
 
 
 def return_memory(device: torch.device) -> None:
-    """`collect`, and give memory of the card that is in no tensor by then back to the driver."""
-    collect()
+    """Delete all garbage, also what was alive when it was set aside, and give memory of the card that is in no tensor
+    any more back to the driver."""
+    gc.unfreeze()
+    set_aside()
     if device.type == "cuda":
         torch.cuda.empty_cache()

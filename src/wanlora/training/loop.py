@@ -13,7 +13,7 @@ from functools import partial
 from wanlora.data.dataset import Batch
 from wanlora.data.order import BatchSpec
 from wanlora.foundation.errors import UserError
-from wanlora.foundation.garbage import collect
+from wanlora.foundation.garbage import set_aside
 from wanlora.foundation.log import log
 from wanlora.foundation.ranks import Rank
 from wanlora.training.after_step import AfterStep
@@ -132,7 +132,7 @@ class Trainer:
                     self.trial()
                 self.validation.at_first(self.position)
                 self.previews.at_first(self.position)
-                collect()
+                set_aside()
                 while self.position.step < self.total_steps:
                     self._train_epoch()
             except KeyboardInterrupt:
@@ -206,7 +206,7 @@ class Trainer:
                 )
             )
         if paced.compiled:
-            collect()
+            set_aside()
 
     def _read_before_update(self, queued: QueuedStep) -> StepReport:
         """What a step has computed, once all before it are known to be sound."""

@@ -218,7 +218,7 @@ def test_what_a_compiler_has_made_is_set_aside(ahead: int, monkeypatch: pytest.M
     compiled, collected = chain([0, 0, 0, 1, 1, 1, 1], repeat(2)), []
     made, _, _ = trainer(ahead)
     monkeypatch.setattr(paces, "compilations", lambda: next(compiled))
-    monkeypatch.setattr(loop, "collect", lambda: collected.append(made.position.step))
+    monkeypatch.setattr(loop, "set_aside", lambda: collected.append(made.position.step))
     made.train()
     assert collected == [0, 2, 4]
 
