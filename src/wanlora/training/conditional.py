@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wanlora.foundation.log import say_once
+from wanlora.foundation.checked import checked
 
 _FEW = 16
 """So many vectors at most are multiplied one after the other; more are faster together."""
@@ -76,18 +76,12 @@ def _is_on_card(tensor: Tensor) -> bool:
 @functools.cache
 def _checked_kernels(device: torch.device) -> Kernels | None:
     """The kernels; None, said once, where Triton is missing, cannot compile them, or makes something else of them."""
-    try:
-        kernels = _load_kernels()
-        reason = _disagreement(kernels, device)
-    except Exception as error:  # Triton is missing, or fails with errors of many kinds: no compiler, an old card
-        reason = f"Triton cannot be used ({str(error).partition(chr(10))[0] or type(error).__name__})"
-    if reason is None:
-        return kernels
-    say_once(
+    return checked(
+        _load_kernels,
+        lambda kernels: _disagreement(kernels, device),
         "gradients within their limit and updates that stand are read and written all the same, with an 8-bit "
-        f"optimizer 26 bytes a step for each number that is trained: {reason}"
+        "optimizer 26 bytes a step for each number that is trained",
     )
-    return None
 
 
 def _load_kernels() -> Kernels:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanlora.foundation.log import say_once
+from wanlora.foundation.checked import checked
 
 RowKernel = Callable[[Tensor, Tensor, Tensor], None]
 """Writes what `activate_rows` says of the first two to the third."""
@@ -58,15 +58,11 @@ def _lies_in_rows(out: Tensor) -> bool:
 @functools.cache
 def _checked_kernel(device: torch.device, dtype: torch.dtype) -> RowKernel | None:
     """The kernel; None, said once, where Triton is missing, cannot compile it, or makes something else of it."""
-    try:
-        kernel = _load_kernel()
-        reason = _disagreement(kernel, device, dtype)
-    except Exception as error:  # Triton is missing, or fails with errors of many kinds: no compiler, an old card
-        reason = f"Triton cannot be used ({str(error).partition(chr(10))[0] or type(error).__name__})"
-    if reason is None:
-        return kernel
-    say_once(f"the VAE's norms run as separate operations, which costs speed: {reason}")
-    return None
+    return checked(
+        _load_kernel,
+        lambda kernel: _disagreement(kernel, device, dtype),
+        "the VAE's norms run as separate operations, which costs speed",
+    )
 
 
 def _load_kernel() -> RowKernel:
