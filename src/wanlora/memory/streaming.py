@@ -124,8 +124,10 @@ class BlockStream:
         self._memory: set[int] = set()
         """Where the buffers begin."""
         self._slot_bytes = 0
-        self.lasting = self._passing = 0
-        """Buffers that are there when the next forward ends, and others that go until then."""
+        self.lasting = 0
+        """Buffers that are there when the next forward ends; what there is beyond them goes until then."""
+        self._passing = 0
+        """Bytes that are theirs when that forward begins, less with every block."""
         self._in_use: _Slot | None = None
         self._last_index = -1
         self._rising = True
@@ -197,14 +199,15 @@ class BlockStream:
     def resize(self, count: int, *, passing: int = 0) -> None:
         """Let the streamed blocks share `count` device buffers from now on, or one each if there are fewer blocks.
 
-        Of those that are there beyond that, `passing` bytes stay for now: the next forward gives them back one by one
-        on its way. Between passes only. Blocks that are needed soonest stay where they are. The host waits for nothing.
-        Raises torch's error if memory does not suffice; the ring has then as many more as it did for.
+        Of those that are there beyond that, `passing` bytes stay for now: so much memory is theirs when the next
+        forward begins, less with every block and none at its end, and it gives them back one by one on its way. Between
+        passes only. Blocks that are needed soonest stay where they are. The host waits for nothing. Raises torch's
+        error if memory does not suffice; the ring has then as many more as it did for.
         """
         self._freed = None
         self.lasting = min(max(count, 1), len(self._masters))
+        self._passing = passing
         count = min(max(self.ring_size, self.lasting), self.lasting + passing // max(self._slot_bytes, 1))
-        self._passing = count - self.lasting
         if count != self.ring_size:
             self.reset()
             self._shrink(count, self.streamed_indexes)  # the next pass begins below
@@ -219,8 +222,9 @@ class BlockStream:
             self._drop(self._ring.pop())
 
     def _let_pass(self, index: int, *, turns: bool) -> None:
-        """Before block `index` on the way up: give back of the buffers that pass what it is time for."""
-        count = self.lasting + self._passing - self._passing * index // max(len(self.blocks) - 1, 1)
+        """Before block `index` on the way up: give back the buffers for which there is memory no longer."""
+        top = max(len(self.blocks) - 1, 1)
+        count = self.lasting + self._passing * (top - index) // top // max(self._slot_bytes, 1)
         if self._rising and self.ring_size > count:
             self._shrink(count, needed_next(self.streamed_indexes, index, rising=True, turns=turns, count=count))
 

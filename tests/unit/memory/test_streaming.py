@@ -171,6 +171,7 @@ def test_buffers_that_pass_go_one_by_one_in_forward_and_save_its_copies(num_stre
     plain = losses_and_gradients(adapted_wan(), steps=6)
     model, stream = streaming(num_streamed)
     slot, rings, copies = stream._slot_bytes, list[list[int]](), list[int]()
+    most, gone = num_streamed, num_streamed - lasting
     for block in model.blocks:
         block.register_forward_hook(lambda block, args, out: rings[-1].append(stream.ring_size) if rings else None)
 
@@ -180,15 +181,31 @@ def test_buffers_that_pass_go_one_by_one_in_forward_and_save_its_copies(num_stre
         if len(copies) % 2:
             stream.resize(num_streamed)
         else:
-            stream.resize(lasting, passing=99 * slot)
-            assert stream.lasting == lasting and stream.passing_bytes == (num_streamed - lasting) * slot
+            stream.resize(lasting, passing=gone * slot)
+            assert stream.lasting == lasting and stream.passing_bytes == gone * slot
 
     assert losses_and_gradients(model, steps=6, between=resize) == plain
-    most, gone = num_streamed, num_streamed - lasting
-    assert rings[1][:6] == [most - gone * index // 5 for index in range(6)]
+    assert rings[1][:6] == [lasting + gone * (5 - index) // 5 for index in range(6)]
     # Forward finds all there and backward what is left; the next forward with room for all what backward has left.
     assert [after - before for before, after in pairwise(copies)] == [most - 2, *[gone] * 4]
     assert stream.misses == 1
+
+
+@pytest.mark.parametrize("slots", [1, 2.5, 4, 8, 99])
+def test_buffers_that_pass_never_take_more_than_forward_has_left_by_then(slots: float) -> None:
+    model, stream = streaming(6)
+    passing, taken = int(slots * stream._slot_bytes), list[int]()
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, args, out: taken.append(stream.passing_bytes))
+    stream.resize(6)
+    train_step(model)
+    taken.clear()
+    stream.resize(2, passing=passing)
+    assert stream.passing_bytes == min(int(slots), 4) * stream._slot_bytes
+    train_step(model)
+    left = [passing * (5 - index) / 5 for index in range(6)]
+    slot = stream._slot_bytes
+    assert taken[:6] == [min(int(there / slot), 4) * slot for there in left] and taken[5] == 0
 
 
 def test_as_many_buffers_pass_as_there_is_room_for_and_none_are_made() -> None:
