@@ -30,7 +30,6 @@ class Place:
     start: int
     shape: torch.Size
     dtype: torch.dtype
-
     strides: tuple[int, ...]
 
     @property
