@@ -97,7 +97,10 @@ def choose_kernel(device: torch.device) -> Kernel:
 
 
 def missing_fp8_maths(device: torch.device) -> str | None:
-    """Why `device` cannot multiply in eight bits, as half a sentence; None if it can."""
+    """Why `device` cannot multiply in eight bits, as half a sentence; None if it can.
+
+    Asked before anything is multiplied, because the library is told then how it should.
+    """
     if device.type != "cuda":
         return "there is no CUDA card"
     major, minor = torch.cuda.get_device_capability(device)
