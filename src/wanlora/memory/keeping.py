@@ -352,7 +352,7 @@ class Keeping:
         peak = self.meter.peak()
         size.need = peak - self._baseline
         size.passes += 1
-        size.retries = (1 - _FORGOTTEN) * size.retries + (retries if size.kept else 0)
+        size.retries = (1 - _FORGOTTEN) * size.retries + (retries if self.kept != KEEPS_NOTHING else 0)
         if size.retries >= _RETRIES:
             size.retries, size.margin = 0, min(size.margin + _MARGIN, _MOST_MARGIN)
         kept = self.kept

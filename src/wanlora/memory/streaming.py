@@ -289,6 +289,7 @@ class BlockStream:
             master.point_to(master.on_host)
         self._hooks, self._ring, self._checks = [], [], {}
         self._memory.clear()
+        self.lasting = self._passing = 0
 
     def detach(self, device: torch.device | None = None) -> None:
         """Stop streaming and leave all weights on `device` (the stream's own unless another is named)."""

@@ -296,6 +296,21 @@ def test_a_size_for_which_memory_is_rearranged_again_and_again_leaves_more_of_it
     assert small == world.most(SMALL, limit)  # others leave no more than before
 
 
+def test_a_size_that_keeps_only_attention_leaves_more_of_memory_that_is_rearranged() -> None:
+    world = World()
+    limit = int(world.rest + world.need(LARGE, 0) + 0.3 * (world.need(LARGE, 0, attention=NUM_BLOCKS)))
+    made = keeping(world, limit, attention=world.attention_a_token)
+    for _ in range(6):
+        before = whole_pass(made, world, LARGE)
+    assert before.blocks == 0 < before.attention < NUM_BLOCKS
+    for _ in range(30):
+        with made.step(), made.batch("size"):
+            after = made(LARGE)
+            world.now_peak = world.rest + world.need(LARGE, 0, attention=after.attention)
+            world.num_retries += 1
+    assert after.blocks == 0 and after.attention < before.attention
+
+
 def test_memory_that_is_rearranged_now_and_then_changes_nothing_and_three_times_in_a_pass_does() -> None:
     world = World()
     limit = 2048 * MIB

@@ -1,4 +1,4 @@
-"""What backward has freed and will not want again."""
+"""What forward does not want yet, and what backward has freed and will not want again."""
 
 from wanlora.memory.refilling import FreedMemory, passing_bytes
 
