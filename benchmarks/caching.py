@@ -11,7 +11,6 @@ See README.md beside this file.
 
 import argparse
 import gc
-import os
 import shutil
 import subprocess
 import sys
@@ -27,13 +26,13 @@ import numpy as np
 import torch
 
 from benchmarks.machine import conditions, machine, package_version, report_path, write_report
+from benchmarks.runs import ROOT, environment
 from wanlora.caching.encoding import LatentEncoder
 from wanlora.data.resize import Clip
 from wanlora.foundation.shapes import PixelShape
 from wanlora.foundation.tensor_files import save_tensors
 from wanlora.models.wan.vae import VAESizes, WanVAE, load_vae
 
-ROOT = Path(__file__).resolve().parents[1]
 _GIB = 2**30
 _NUM_CLIPS = 1000
 _SHARE = 0.5
@@ -234,9 +233,8 @@ target_frames = [45]
 
 
 def _run(command: list[str]) -> float:
-    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     begin = time.perf_counter()
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
     if "nothing is encoded" not in done.stderr:
         raise RuntimeError(f"the rerun had something to do:\n{done.stderr}")
     return time.perf_counter() - begin

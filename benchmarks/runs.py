@@ -172,14 +172,16 @@ def _start(
         command += ["--deterministic"] if setting.deterministic else []
         command += ["--dataset_config", str(materials.dataset), "--max_train_steps", str(num_steps)]
         command += ["--output_dir", str(output), "--output_name", "run", "--logging_dir", str(output / "logs")]
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_environment(), cwd=ROOT)
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment(), cwd=ROOT)
 
 
-def _environment() -> dict[str, str]:
-    """The project is found whether it is installed or not."""
+def environment() -> dict[str, str]:
+    """What a measured process is started with: the project is found whether it is installed or not, and Python keeps
+    what it compiles, as it does for users, whatever this process was told."""
     folders = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    paths = {"PYTHONPATH": os.pathsep.join(filter(None, folders)), "PYTHONUNBUFFERED": "1"}
-    return os.environ | paths
+    ours = {"PYTHONPATH": os.pathsep.join(filter(None, folders)), "PYTHONUNBUFFERED": "1"}
+    theirs = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return theirs | ours
 
 
 def _watch(

@@ -4,11 +4,11 @@ Usage: python benchmarks/start.py --geometry 14B --results DIR
 
 Each run is the real trainer with the reference flags for one step, as a process of its own. The checkpoint lies in
 memory-backed storage where it fits: what is measured is everything but the disk. The first run of a setting that keeps
-weights writes them, the next reads them. See README.md beside this file.
+weights writes them, the next reads them. Where Python has kept nothing of what it compiles of the libraries, the first
+run of all has that to do, too. See README.md beside this file.
 """
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.machine import conditions, machine, report_path, write_report
 from benchmarks.materials import GEOMETRIES, checkpoint_path, choose_folders, make_checkpoint, make_dataset
-from benchmarks.runs import REFERENCE, ROOT
+from benchmarks.runs import REFERENCE, ROOT, environment
 from wanlora.training.metrics import read_steps
 
 _SETTINGS = ("plain", "keep", "kept", "swapped", "kept-swapped", "fp8-fast", "keep-fp8-fast", "kept-fp8-fast")
@@ -94,13 +94,11 @@ def _start(name: str, flags: str, command: list[str], output: Path) -> Start:
     shutil.rmtree(output, ignore_errors=True)
     command = [*command, *flags.split(), "--output_dir", str(output), "--output_name", "run"]
     command += ["--logging_dir", str(output / "logs")]
-    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
     begin = time.monotonic()
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

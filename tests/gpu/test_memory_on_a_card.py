@@ -424,11 +424,14 @@ def test_compiled_blocks_agree_with_plain_ones_streamed_or_not_whatever_they_kee
     compile_blocks(blocks, fullgraph=True, cpp_wrapper=cpp)
     model.run_block = runner = Recompute(blocks, stream=stream)
     assert len(runner.optional) == len(blocks)
-    for kept in KEPT:
+    tried = KEPT[2:3] if cpp else KEPT  # a C++ compiler takes half a minute for every way of keeping
+    for kept in tried:
         runner.keep = lambda x, kept=kept: kept  # type: ignore[misc]
         model.zero_grad()
         ours, our_gradient = run(model)
         torch.testing.assert_close(ours, loss, rtol=1e-3, atol=0)
         assert (our_gradient - gradient).norm() < 1e-3 * gradient.norm()
-    assert (runner.kept, runner.recomputed, runner.attention_kept) == (10, 5, 5)
+    products, attention = sum(kept.blocks for kept in tried), sum(kept.attention for kept in tried)
+    left = len(tried) * len(blocks) - products - attention
+    assert (runner.kept, runner.recomputed, runner.attention_kept) == (products, left, attention)
     assert stream.misses <= 1

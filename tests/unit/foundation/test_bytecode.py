@@ -1,0 +1,49 @@
+"""Starts that compile a library from its text are told apart."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from wanlora.foundation.bytecode import missing_bytecode
+
+Import = Callable[[], ModuleType]
+
+
+@pytest.fixture
+def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Import:
+    """Import a module that was never imported before."""
+    (tmp_path / "slow_library.py").write_text("answer = 42\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "pycache_prefix", None)
+    monkeypatch.delitem(sys.modules, "slow_library", raising=False)
+    return lambda: importlib.import_module("slow_library")
+
+
+def test_what_python_keeps_needs_no_word(imported: Import, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert missing_bytecode(imported()) is None
+
+
+def test_a_setting_that_makes_every_start_compile_is_named(imported: Import, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    notice = missing_bytecode(imported())
+    assert notice is not None
+    assert notice.startswith("slow_library was compiled from its text") and "unset it" in notice
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    imported: Import, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    (tmp_path / "__pycache__").write_text("a file where the folder should be", encoding="utf-8")
+    notice = missing_bytecode(imported())
+    assert notice is not None
+    assert str(tmp_path / "__pycache__") in notice and "PYTHONPYCACHEPREFIX" in notice
+
+
+def test_a_module_without_a_file_is_never_compiled() -> None:
+    assert missing_bytecode(sys) is None
