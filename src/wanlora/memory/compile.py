@@ -44,6 +44,9 @@ _CPP_COMPILERS = {"win32": "cl", "darwin": "clang++"}
 """What torch calls, unless the environment names another in CXX; elsewhere g++."""
 _CUDA_HEADER = "cuda_runtime_api.h"
 _TRITON_CAPABILITY = (7, 0)
+_KEPT_WITH_OWN_BACKWARD = "autograd_cache_allow_custom_autograd_functions"
+"""With this setting torch keeps the cut graphs of functions that have a backward of their own, as those of fp8 weights,
+beside the kernels; making them anew takes most of a later start. It knows them by all of both passes."""
 _GRAPHS = 32
 """So many graphs of the blocks are kept unless the user says otherwise."""
 _READS = 5
@@ -250,7 +253,10 @@ def saving_backend(save: Save, mode: str | None, *, cpp_wrapper: bool = False) -
 
         options = {"realize_reads_threshold": _READS, **mode_options(mode), "joint_custom_post_pass": Marking(save)}
         options |= cpp_wrapper_options(options) if cpp_wrapper else {}
-        with partitioning.patch(aggressive_recomputation=save != "everything"):
+        cut = {"aggressive_recomputation": save != "everything"}
+        if hasattr(partitioning, _KEPT_WITH_OWN_BACKWARD):
+            cut[_KEPT_WITH_OWN_BACKWARD] = True
+        with partitioning.patch(cut):
             return compile_fx(graph, inputs, config_patches=options)
 
     return compile_graph

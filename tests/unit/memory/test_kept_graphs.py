@@ -1,0 +1,105 @@
+"""What the compiler has made of blocks is there for later starts, and is taken for nothing else."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from wanlora.memory.compile import compile_blocks
+from wanlora.memory.saving import Save
+from wanlora.quantization.linear import Fp8Linear
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    start_again()
+    yield
+    torch._dynamo.reset()
+
+
+def start_again() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+class _Fp8Block(nn.Module):
+    """Attention of what a frozen fp8 linear makes, whose backward is its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = Fp8Linear.quantized(nn.Linear(64, 64)).requires_grad_(False)
+        self.scale = nn.Parameter(torch.rand(64))
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        q_BNLK = self.base(x_BLD * self.scale).sin().unflatten(-1, (4, 16)).transpose(1, 2)
+        return x_BLD + F.scaled_dot_product_attention(q_BNLK, q_BNLK, q_BNLK).transpose(1, 2).flatten(2)
+
+
+def trained(block: nn.Module, **options: Any) -> list[Tensor]:
+    """Output and gradients."""
+    x_BLD = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(1))
+    output = block(x_BLD, **options)
+    return [output.detach(), *torch.autograd.grad(output.square().mean(), [weight for weight in block.parameters() if weight.requires_grad])]
+
+
+def test_a_later_start_finds_the_cut_graphs_of_fp8_blocks_for_every_way_to_save() -> None:
+    def start() -> dict[Save, list[Tensor]]:
+        start_again()
+        block = _Fp8Block()
+        compile_blocks([block], fullgraph=True)
+        return {save: trained(block, save=save) for save in get_args(Save)}
+
+    plain = trained(_Fp8Block())
+    first, ways = start(), len(get_args(Save))
+    assert counters["aot_autograd"]["autograd_cache_saved"] == ways
+    later = start()
+    assert counters["aot_autograd"]["autograd_cache_hit"] == ways
+    assert not counters["aot_autograd"]["autograd_cache_bypass"] + counters["aot_autograd"]["autograd_cache_miss"]
+    for save in get_args(Save):
+        torch.testing.assert_close(first[save], plain)
+        assert all(map(torch.equal, later[save], first[save]))
+
+
+def scaling(factor: float) -> nn.Module:
+    """A block whose backward multiplies by `factor`, unlike its forward."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient * factor
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.ones(64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = Function.apply(x + self.bias)
+            return result
+
+    return Block()
+
+
+def test_blocks_that_differ_in_their_own_backward_alone_are_told_apart() -> None:
+    expected, gradients = [], []
+    for factor in (2.0, 3.0):
+        start_again()
+        block = scaling(factor)
+        expected.append(trained(block)[1])
+        compile_blocks([block], fullgraph=True)
+        gradients.append(trained(block)[1])
+        assert counters["aot_autograd"]["autograd_cache_saved"] == 1
+        assert not counters["aot_autograd"]["autograd_cache_hit"]
+    assert not torch.equal(*expected)
+    torch.testing.assert_close(gradients, expected)
