@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from types import MethodType
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -44,9 +44,10 @@ _CPP_COMPILERS = {"win32": "cl", "darwin": "clang++"}
 """What torch calls, unless the environment names another in CXX; elsewhere g++."""
 _CUDA_HEADER = "cuda_runtime_api.h"
 _TRITON_CAPABILITY = (7, 0)
-_KEPT_WITH_OWN_BACKWARD = "autograd_cache_allow_custom_autograd_functions"
-"""With this setting torch keeps the cut graphs of functions that have a backward of their own, as those of fp8 weights,
-beside the kernels; making them anew takes most of a later start. It knows them by all of both passes."""
+_KEEPS_OWN_BACKWARDS = "autograd_cache_allow_custom_autograd_functions"
+_KEEPS_FUNCTIONS = "unsafe_marked_cacheable_functions"
+_CHOOSING_ATTENTION = ("torch.nn.attention._backend_from_string", "torch.nn.attention._sdpa_kernel")
+"""What torch traces where a backend of attention is chosen."""
 _GRAPHS = 32
 """So many graphs of the blocks are kept unless the user says otherwise."""
 _READS = 5
@@ -243,23 +244,33 @@ def cpp_wrapper_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def saving_backend(save: Save, mode: str | None, *, cpp_wrapper: bool = False) -> Callable[..., Any]:
-    """A backend for `torch.compile` that cuts graphs as `save` says; `mode`: see `mode_options`."""
+    """A backend for `torch.compile` that cuts graphs as `save` says; `mode`: see `mode_options`.
+
+    Torch keeps kernels and cut graphs for later starts, which takes most of compiling off them. It would not keep
+    graphs of functions with a backward of their own, as fp8 weights have, nor such that choose a backend of attention,
+    but it knows both by all they say: the code of either pass, the backends by name.
+    """
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         import torch._functorch.config as partitioning
+        from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
 
         from wanlora.memory.marking import Marking
 
         options = {"realize_reads_threshold": _READS, **mode_options(mode), "joint_custom_post_pass": Marking(save)}
         options |= cpp_wrapper_options(options) if cpp_wrapper else {}
-        cut = {"aggressive_recomputation": save != "everything"}
-        if hasattr(partitioning, _KEPT_WITH_OWN_BACKWARD):
-            cut[_KEPT_WITH_OWN_BACKWARD] = True
+        options |= _known(config, {_KEEPS_FUNCTIONS: dict.fromkeys(_CHOOSING_ATTENTION, "by its arguments")})
+        cut = {"aggressive_recomputation": save != "everything", **_known(partitioning, {_KEEPS_OWN_BACKWARDS: True})}
         with partitioning.patch(cut):
             return compile_fx(graph, inputs, config_patches=options)
 
     return compile_graph
+
+
+def _known(module: ModuleType, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `settings` that this version of torch has in a module of its own."""
+    return {name: value for name, value in settings.items() if hasattr(module, name)}
 
 
 def restore_blocks(blocks: Iterable[nn.Module]) -> None:
