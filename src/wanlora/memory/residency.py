@@ -70,9 +70,10 @@ class Residency:
         return passing_bytes(self._needs.get(loads[0], 0)) if len(loads) == 1 and self._lets_pass else 0
 
     def stop_passing(self) -> bool:
-        """From now on buffers go before a step begins; False if there were none that did not, at the last one."""
-        self._lets_pass = self._lets_pass and not self.passing
-        return self.passing > 0
+        """Memory ran out in a step: from now on buffers go before one begins; False if all were gone by then."""
+        were_there = self.stream.ring_size > self.stream.lasting
+        self._lets_pass = self._lets_pass and not were_there
+        return were_there
 
     def refill(self, freed: FreedMemory) -> None:
         """Before the last pass of a step: what its backward has `freed` is for blocks that other sizes have there."""

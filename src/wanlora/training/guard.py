@@ -3,10 +3,11 @@
 Every forward and backward pass of a step runs under the guard. It measures what the pass needed (`memory/keeping.py`
 decides by that how many blocks are recomputed), and when memory runs out it makes room and runs the passes of the step
 again from the beginning: first without the transposed copies of fp8 weights, if there are any, and without buffers that
-go while forward computes, then with everything recomputed, then without the streamed blocks that stay on the card for
-small batches (`memory/residency.py`), then with more blocks streamed from the host. What the failed attempt left is
-dropped, and dropout repeats, so the run is the same as if nothing had happened, and it goes on with the room it has
-made. Processes of a run on several cards do this each for itself: it ends before they exchange gradients.
+go while forward computes, if some were left, then with everything recomputed, then without the streamed blocks that
+stay on the card for small batches (`memory/residency.py`), then with more blocks streamed from the host. What the
+failed attempt left is dropped, and dropout repeats, so the run is the same as if nothing had happened, and it goes on
+with the room it has made. Processes of a run on several cards do this each for itself: it ends before they exchange
+gradients.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

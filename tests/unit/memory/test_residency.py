@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from tests.unit.memory.wan import adapted_wan
+from tests.unit.memory.wan import ARGUMENTS, adapted_wan
 from wanlora.foundation import log as logs
 from wanlora.memory.outlook import Load
 from wanlora.memory.refilling import FreedMemory
@@ -65,6 +65,26 @@ def test_a_step_that_needs_much_lets_buffers_go_in_its_forward() -> None:
     assert residency.stop_passing()
     assert behind_a_small_one(LARGE) == (2, 0, 2) and not residency.stop_passing()
     residency.note([LARGE], None)
+
+
+def test_buffers_that_were_gone_when_memory_ran_out_go_on_passing() -> None:
+    model = adapted_wan(6)
+    stream = BlockStream(list(model.blocks), 6, torch.device("cpu"))
+    stream.attach()
+    residency = Residency(stream, NUMBERS)
+    residency.note([LARGE], 60 * stream._slot_bytes)
+
+    def behind_a_small_one() -> int:
+        residency.prepare([SMALL])
+        residency.prepare([LARGE])
+        return stream.ring_size
+
+    assert behind_a_small_one() == 6
+    model(*ARGUMENTS)
+    assert stream.ring_size == 2 and not residency.stop_passing()
+    stream.reset()
+    assert behind_a_small_one() == 6 and residency.stop_passing()
+    assert behind_a_small_one() == 2
 
 
 def test_a_number_for_all_leaves_the_ring_as_it_is() -> None:
