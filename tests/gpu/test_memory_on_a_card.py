@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from wanlora.lora.layers import LoRALinear
 from wanlora.memory.checkpointing import Kept, Recompute
@@ -421,6 +422,7 @@ def test_compiled_blocks_agree_with_plain_ones_streamed_or_not_whatever_they_kee
     stream.attach()
     for part in (model.patch_embedding, model.text_embedding, model.time_embedding, model.time_projection, model.head):
         part.to(CARD)
+    counters.clear()
     compile_blocks(blocks, fullgraph=True, cpp_wrapper=cpp)
     model.run_block = runner = Recompute(blocks, stream=stream)
     assert len(runner.optional) == len(blocks)
@@ -435,3 +437,6 @@ def test_compiled_blocks_agree_with_plain_ones_streamed_or_not_whatever_they_kee
     left = len(tried) * len(blocks) - products - attention
     assert (runner.kept, runner.recomputed, runner.attention_kept) == (products, left, attention)
     assert stream.misses <= 1
+    graphs = counters["aot_autograd"]
+    assert graphs["autograd_cache_saved"] + graphs["autograd_cache_hit"] > 0  # they are kept for later starts
+    assert not graphs["autograd_cache_bypass"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tests.unit.memory.wan import adapted_wan, train_step
 from wanlora.memory.compile import compile_blocks
 from wanlora.memory.saving import Save
 from wanlora.quantization.linear import Fp8Linear
@@ -51,10 +52,8 @@ def trained(block: nn.Module, **options: Any) -> list[Tensor]:
     """Output and gradients."""
     x_BLD = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(1))
     output = block(x_BLD, **options)
-    return [
-        output.detach(),
-        *torch.autograd.grad(output.square().mean(), [weight for weight in block.parameters() if weight.requires_grad]),
-    ]
+    weights = [weight for weight in block.parameters() if weight.requires_grad]
+    return [output.detach(), *torch.autograd.grad(output.square().mean(), weights)]
 
 
 def test_a_later_start_finds_the_cut_graphs_of_fp8_blocks_for_every_way_to_save() -> None:
@@ -73,6 +72,24 @@ def test_a_later_start_finds_the_cut_graphs_of_fp8_blocks_for_every_way_to_save(
     for save in WAYS:
         torch.testing.assert_close(first[save], plain)
         assert all(map(torch.equal, later[save], first[save]))
+
+
+def test_graphs_of_wan_blocks_are_such_that_the_compiler_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._functorch._aot_autograd.autograd_cache import check_cacheable
+
+    kept: list[bool] = []
+
+    def compile_fx(graph: torch.fx.GraphModule, inputs: object, config_patches: dict[str, Any]) -> object:
+        with torch._inductor.config.patch(config_patches):
+            check_cacheable(graph)
+        kept.append(True)
+        return graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    model = adapted_wan(2, dropout=0.1)
+    compile_blocks(list(model.blocks), fullgraph=True)
+    train_step(model)
+    assert kept == [True]
 
 
 def scaling(factor: float) -> nn.Module:
