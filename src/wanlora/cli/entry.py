@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from wanlora.foundation.bytecode import missing_bytecode
 from wanlora.foundation.driver import finding_cards
 from wanlora.foundation.errors import UserError
 from wanlora.foundation.log import log, setup_logging
@@ -40,14 +39,10 @@ def _import(name: str, uses_card: bool) -> ModuleType:
     gc.disable()
     try:
         with finding_cards(wanted=uses_card):
-            module = importlib.import_module(name)
+            return importlib.import_module(name)
     finally:
         gc.freeze()
         gc.enable()
-    notice = missing_bytecode(sys.modules["torch"]) if "torch" in sys.modules else None
-    if notice:
-        log.warning(notice)
-    return module
 
 
 def console() -> int:

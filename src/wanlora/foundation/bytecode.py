@@ -19,4 +19,4 @@ def missing_bytecode(module: ModuleType) -> str | None:
     else:
         cause = f"could not write to {Path(cached).parent} (set PYTHONPYCACHEPREFIX to a folder of yours)"
     name = module.__name__
-    return f"{name} was compiled from its text, which takes seconds at every start: Python {cause}"
+    return f"{name} was compiled from its text, which takes seconds of every start; Python {cause}"

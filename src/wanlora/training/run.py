@@ -10,6 +10,7 @@ from wanlora.config.train import TrainConfig
 from wanlora.data.loader import make_loader
 from wanlora.data.order import BatchSpec, epoch_batches
 from wanlora.diffusion.weighting import LOSS_WEIGHTINGS
+from wanlora.foundation.bytecode import missing_bytecode
 from wanlora.foundation.driver import starting_card
 from wanlora.foundation.dtypes import parse_dtype
 from wanlora.foundation.errors import MemoryPlanError
@@ -114,6 +115,8 @@ class Run:
             trainer = self._build(card)
             log.info(f"steps {self.position.step + 1} to {self.total_steps}, seed {self.seed}, on {self.engine.device}")
             log.info(start.finish())
+            if compiled := missing_bytecode(torch):
+                log.warning(compiled)
             trainer.train()
         except KeyboardInterrupt:
             abandon_compiling()

@@ -6,12 +6,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from wanlora.cli import cache_latents, cache_text_encoder_outputs, main, train_network
 from wanlora.cli.entry import console, run_command, run_script
@@ -46,19 +45,6 @@ def test_a_fault_of_the_program_keeps_its_traceback() -> None:
 
     with pytest.raises(KeyError):
         run_command(fail, [])
-
-
-def test_a_start_that_compiles_pytorch_from_its_text_says_so_once(
-    capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    assert torch.__spec__ is not None
-    monkeypatch.setattr(torch.__spec__, "cached", str(tmp_path / "nowhere" / "torch.pyc"))
-    for told, remedy in ((True, "unset it"), (False, "set PYTHONPYCACHEPREFIX")):
-        monkeypatch.setattr(sys, "dont_write_bytecode", told)
-        with suppress(SystemExit):
-            run_script("wanlora.cli.main", ["--help"])
-        said = capsys.readouterr().err
-        assert said.count("torch was compiled from its text") == 1 and remedy in said
 
 
 def test_a_folder_without_rights_is_no_fault_of_the_program(capsys: Captured) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+from tests.runs import TrainingFolder
 from wanlora.foundation.bytecode import missing_bytecode
 
 Import = Callable[[], ModuleType]
@@ -47,3 +49,12 @@ def test_a_folder_that_cannot_be_written_is_named(
 
 def test_a_module_without_a_file_is_never_compiled() -> None:
     assert missing_bytecode(sys) is None
+
+
+def test_a_run_that_started_so_says_so(
+    training_folder: TrainingFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert torch.__spec__ is not None
+    monkeypatch.setattr(torch.__spec__, "cached", str(tmp_path / "nowhere" / "torch.pyc"))
+    text = training_folder.train(training_folder.arguments("style", "--max_train_steps", "1"))
+    assert "torch was compiled from its text, which takes seconds of every start" in text
