@@ -426,7 +426,7 @@ def test_compiled_blocks_agree_with_plain_ones_streamed_or_not_whatever_they_kee
     compile_blocks(blocks, fullgraph=True, cpp_wrapper=cpp)
     model.run_block = runner = Recompute(blocks, stream=stream)
     assert len(runner.optional) == len(blocks)
-    tried = KEPT[2:3] if cpp else KEPT  # a C++ compiler takes half a minute for every way of keeping
+    tried = KEPT[2:3] if cpp else KEPT  # a C++ compiler takes more than a minute for a way of keeping
     for kept in tried:
         runner.keep = lambda x, kept=kept: kept  # type: ignore[misc]
         model.zero_grad()

@@ -15,7 +15,7 @@ def missing_bytecode(module: ModuleType) -> str | None:
     if cached is None or Path(cached).exists():
         return None
     if sys.dont_write_bytecode:
-        cause = "is told not to keep it (PYTHONDONTWRITEBYTECODE is set; unset it)"
+        cause = "is told not to keep it (PYTHONDONTWRITEBYTECODE or -B; leave it out)"
     else:
         cause = f"could not write to {Path(cached).parent} (set PYTHONPYCACHEPREFIX to a folder of yours)"
     name = module.__name__
